@@ -1,0 +1,674 @@
+"""DDPO: Training Diffusion Models with Reinforcement Learning (Black et al., ICLR 2024, arXiv:2305.13301v4), to be read beside it.
+
+Section 4.3 makes denoising a Markov decision process: state (c, t, x_t), action x_{t-1}, policy p_theta(x_{t-1} | x_t, c), and at the end
+the reward r(x_0, c). `--algo sf` is the score-function estimator (DDPO_SF), `--algo is` the importance-sampled one (DDPO_IS) under PPO's
+clip; the iteration is that of appendix D.5; the policy is the guided one, and guidance is differentiated too (E.1).
+
+    python ddpo.py --reward jpeg       on a CUDA GPU Stable Diffusion v1.4, elsewhere the small model in shapes/, within minutes
+    python ddpo.py --help              every setting, with the published value
+
+What differs from the paper, and why:
+- LoRA in the attention layers, with the learning rate that the authors' code has for it, instead of the whole UNet: it fits one GPU.
+- log p is the mean over the latent, not the sum, as in all the authors' code; `log_prob` says what that does to the clip range.
+- The paper names no sampler. DDIM with eta 1, the authors', is ancestral DDPM sampling on the shortened schedule.
+- Advantages are cut at +-5, and a prompt has statistics of its own from 16 rewards on: both from the authors' code.
+- With a ratio per step (DDPO_IS) is the policy gradient only while theta = theta_old; after that it is PPO's surrogate of it.
+- Added: a KL penalty to the pre-trained model, and early stopping on that KL, against over-optimisation (appendix A).
+- Left out: RWR, tuning the whole UNet, and the 398 ImageNet prompts, for which the 45 animals stand in.
+
+The numbers of a run: reward_mean rises. ratio_deviation, from before an epoch's first update, is 0 but for rounding. clipped stays well under
+1. kl grows slowly: a jump is a collapse. grad_norm keeps its size. The loss says nothing about progress and is not shown.
+"""
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import os
+import sys
+import textwrap
+import time
+from collections import defaultdict, deque
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+
+import rewards
+
+# Shapes: N samples an epoch, B rows of one UNet call, K denoising steps, L text tokens of width E; a latent is (4, H, W).
+# t is the scheduler's timestep (981, 961, ..., 1), k the number of the step (0, 1, ..., K - 1).
+
+
+def setting(default, help, group=None, zero=False, choices=None):
+    """A field of Config: its default, the text of its flag, the group of flags that it opens, whether it may be 0, what may be chosen."""
+    kind = {"default_factory": dict} if default is dict else {"default": default}
+    return dataclasses.field(**kind, metadata={"help": help, "group": group, "zero": zero, "choices": choices})
+
+
+@dataclasses.dataclass
+class Config:
+    """Settings of a run. The defaults are those that the authors published for LoRA (ddpo-pytorch, config/dgx.py), on one GPU."""
+    model: str = setting("CompVis/stable-diffusion-v1-4", "hub id or folder of a Stable Diffusion pipeline; paper: v1.4", "task")
+    reward: str = setting("jpeg", "jpeg, incompressibility or path/to/file.py:function")
+    reward_options: dict = setting(dict, "passed on to the reward")
+    prompts: str = setting("animals", "animals (45), activities (45 x 3), counting (n animals), a text file, or a prompt of several words; paper: ImageNet's 398 animals for JPEG, animals for aesthetic, activities for alignment")
+    algo: str = setting("is", "DDPO_IS (clipped, several updates an epoch) or DDPO_SF (one update); paper: both", choices=("is", "sf"))
+    samples_per_epoch: int = setting(256, "images an epoch; paper: 256", "sampling")
+    steps: int = setting(50, "denoising steps; paper: 50")
+    guidance: float = setting(5.0, "classifier-free guidance weight w, 1 is none; paper: 5")
+    eta: float = setting(1.0, "DDIM's noise, in (0, 1]; code: 1")
+    epochs: int = setting(100, "rounds of sampling and updating; code: 100 for JPEG, 200 for the rest", "training")
+    updates_per_epoch: int = setting(4, "optimiser steps an epoch, each on its share of the samples; paper: 4 for is, 1 for sf")
+    batch: int = setting(4, "rows of one UNet call, before guidance doubles them; as memory allows, the result is the same")
+    rank: int = setting(4, "rank of LoRA; code: 4")
+    lr: float = setting(3e-4, "AdamW's learning rate; paper: 1e-5 for the whole UNet, code: 3e-4 for LoRA")
+    weight_decay: float = setting(1e-4, "AdamW's weight decay; paper: 1e-4", zero=True)
+    max_grad_norm: float = setting(1.0, "longer gradients are cut to this norm; paper: 1")
+    clip_range: float = setting(1e-4, "epsilon of the clip, on the ratio of means over the latent; paper: 1e-4")
+    advantage_clip: float = setting(5.0, "advantages are cut to +- this; code: 5, paper: none")
+    buffer_size: int = setting(32, "rewards remembered for each prompt; code: 16 for JPEG, 32 for the rest")
+    min_count: int = setting(16, "rewards from which on a prompt has statistics of its own; code: 16")
+    kl_weight: float = setting(0.0, "weight in the loss of the KL to the pre-trained model, 0 is none; paper: none", zero=True)
+    max_kl: float = setting(0.0, "stop once that KL (mean per latent element and step) is larger, 0 is never; paper: stopped by hand", zero=True)
+    device: str = setting("", "cuda, cuda:1, mps or cpu; default: cuda where there is one, otherwise cpu", "machine")
+    precision: str = setting("", "of the frozen weights; default: bf16 on a GPU that has it; code: fp16", choices=("", "fp32", "bf16"))
+    gradient_checkpointing: bool = setting(False, "compute activations twice to save memory")
+    compile: bool = setting(False, "torch.compile the UNet: slow to start, then faster on a GPU")
+    seed: int = setting(0, "of everything random", zero=True)
+    out: str = setting("", "the run's folder; default: runs/ddpo-<reward>-<time>", "output")
+    sample_every: int = setting(10, "epochs between pictures of fixed prompts and seeds")
+    save_every: int = setting(10, "epochs between savings of the LoRA weights")
+
+    @staticmethod
+    def implied(flags):
+        """What one flag settles as long as no other flag says otherwise."""
+        return {"updates_per_epoch": 1} if flags.get("algo") == "sf" else {}
+
+    def rules(self):
+        """What must hold of this script's own settings: (holds, what to say if not), ..."""
+        return [(self.algo == "is" or self.updates_per_epoch == 1, f"updates_per_epoch {self.updates_per_epoch} must be 1 with algo sf, whose "
+                 "samples are worth one update; set it to 1, or take algo is"),
+                (self.min_count <= self.buffer_size, f"min_count {self.min_count} must be at most buffer_size {self.buffer_size}; lower it")]
+
+
+# ---------------------------------------------------------------- LoRA: W x + B A x in the attention layers (arXiv:2106.09685)
+
+class LoRAAttnProcessor(nn.Module):
+    """A diffusers attention processor: scaled dot-product attention with B A x (scale 1) added to to_q, to_k, to_v and to_out[0].
+
+    A (rank, in) starts Gaussian, B (out, rank) zero, so that fresh LoRA changes nothing; both are float32 whatever the UNet is.
+    """
+
+    def __init__(self, attn, rank, generator=None):
+        super().__init__()
+        self.enabled = True
+        layers = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out": attn.to_out[0]}
+        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
+        for name, layer in layers.items():
+            A = torch.randn(rank, layer.in_features, generator=generator) / rank  # as diffusers' LoRA layer, which the authors used
+            self.A[name] = nn.Parameter(A.to(layer.weight.device))
+            self.B[name] = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
+
+    def project(self, name, layer, x):
+        if not self.enabled:
+            return layer(x)
+        return layer(x) + F.linear(F.linear(x, self.A[name].to(x.dtype)), self.B[name].to(x.dtype))
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        x = hidden_states
+        context = x if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = self.project("to_q", attn.to_q, x), self.project("to_k", attn.to_k, context), self.project("to_v", attn.to_v, context)
+        q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, tokens, width)
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(x)).unflatten(0, (len(x), attn.heads))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask).transpose(1, 2).flatten(2)
+        return self.project("to_out", attn.to_out[0], x) / attn.rescale_output_factor
+
+
+def add_lora(unet, rank, generator=None):
+    """Freeze the UNet (placed and cast already), give every attention layer fresh LoRA, return what trains: a list of parameters."""
+    if any(isinstance(p, LoRAAttnProcessor) for p in unet.attn_processors.values()):
+        raise ValueError("this UNet has LoRA already; load it anew, or load_lora into what is there")
+    unet.requires_grad_(False)
+    unet.set_attn_processor({name: LoRAAttnProcessor(unet.get_submodule(name.removesuffix(".processor")), rank, generator)
+                             for name in unet.attn_processors})
+    return [p for p in unet.parameters() if p.requires_grad]
+
+
+@contextmanager
+def pretrained(unet):
+    """Inside this context LoRA is off: the reference policy p_pre, bit for bit, without a second UNet."""
+    processors = [p for p in unet.attn_processors.values() if isinstance(p, LoRAAttnProcessor)]
+    before = [p.enabled for p in processors]
+    try:
+        for processor in processors:
+            processor.enabled = False
+        yield
+    finally:
+        for processor, enabled in zip(processors, before):
+            processor.enabled = enabled
+
+
+def lora_weights(unet):
+    """The LoRA parameters under the names that diffusers and peft give them: <attention layer>.to_q.lora_A.weight, ..."""
+    return {f"{name.removesuffix('.processor')}.{layer.replace('to_out', 'to_out.0')}.lora_{side}.weight": parameter
+            for name, processor in unet.attn_processors.items() if isinstance(processor, LoRAAttnProcessor)
+            for side in "AB" for layer, parameter in getattr(processor, side).items()}
+
+
+def save_lora(unet, folder):
+    """Write folder/pytorch_lora_weights.safetensors, diffusers' own format, whole or not at all."""
+    weights = {name: parameter.detach().cpu() for name, parameter in lora_weights(unet).items()}
+    diffusers.StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=weights, weight_name="partial.safetensors")
+    os.replace(Path(folder, "partial.safetensors"), Path(folder, "pytorch_lora_weights.safetensors"))
+
+
+def load_lora(unet, folder):
+    """Copy the weights that save_lora wrote into the LoRA of `unet`, installed at the file's rank if there is none. Raises ValueError for
+    a missing or an extra key, or another shape."""
+    file = Path(folder, "pytorch_lora_weights.safetensors")
+    if not file.is_file():
+        raise ValueError(f"LoRA {str(folder)!r} holds no {file.name}; give a folder that a run wrote, such as runs/.../lora")
+    loaded = {name.removeprefix("unet."): tensor for name, tensor in load_file(file).items()}
+    ranks = [tensor.shape[0] for name, tensor in loaded.items() if name.endswith("lora_A.weight")]
+    if ranks and not lora_weights(unet):
+        add_lora(unet, ranks[0])
+    installed = lora_weights(unet)
+    wrong = sorted(loaded.keys() ^ installed.keys()) or [n for n in installed if loaded[n].shape != installed[n].shape]
+    if wrong:
+        raise ValueError(f"LoRA {str(file)!r} does not fit this UNet, beginning with {wrong[0]!r}; use the model and rank it was trained with")
+    with torch.no_grad():
+        for name, parameter in installed.items():
+            parameter.copy_(loaded[name])
+
+
+# ---------------------------------------------------------------- the MDP: one denoising step is a Gaussian (section 4.3)
+
+def predict_noise(unet, x_t, t, cond, uncond, guidance):
+    """Classifier-free guidance (DDPO Eq. 3): w eps(x_t, t, c) + (1 - w) eps(x_t, t), float32 (B, 4, H, W).
+
+    x_t (B, 4, H, W) float32; t (B,), rows may differ; cond (B, L, E); uncond (1, L, E) or (B, L, E). Guidance 1 needs no second half.
+    """
+    if guidance != 1:
+        x_t, t, cond = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([uncond.expand_as(cond), cond])
+    dtype = unet.conv_in.weight.dtype
+    model_output = unet(x_t.to(dtype), t, encoder_hidden_states=cond.to(dtype)).sample.float()
+    if guidance == 1:
+        return model_output
+    without, given = model_output.chunk(2)
+    return without + guidance * (given - without)
+
+
+def step_distribution(scheduler, model_output, t, x_t, eta=1.0):
+    """p_theta(x_{t-1} | x_t, c), a Gaussian (DDPO Eq. 2), here DDIM's step (arXiv:2010.02502 Eq. 12) -> mean (B, 4, H, W), sigma (B, 1, 1, 1).
+
+    sigma = eta sqrt((1 - abar_prev) / (1 - abar_t) (1 - abar_t / abar_prev)),  mean = sqrt(abar_prev) x_0 + sqrt(1 - abar_prev - sigma^2) eps
+    for model outputs eps or v; t (B,). Raises ValueError where sigma would be 0 or the step no Gaussian: then there is no log-probability.
+    """
+    if not 0 < eta <= 1:
+        raise ValueError(f"eta {eta} must be in (0, 1]: without noise a step has no log-probability; use 1")
+    if scheduler.config.thresholding or scheduler.config.clip_sample:
+        raise ValueError("the scheduler clips x_0, so that the step is not the Gaussian computed here; set thresholding and clip_sample to False")
+    table = scheduler.alphas_cumprod.to(x_t.device)
+    prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    abar_t = table[t].view(-1, 1, 1, 1)
+    abar_prev = torch.where(prev >= 0, table[prev.clamp(min=0)], scheduler.final_alpha_cumprod.to(table)).view(-1, 1, 1, 1)
+    sigma = eta * ((1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)).sqrt()
+    if not (sigma > 0).all():
+        raise ValueError("sigma is 0 at the last step, whose log-probability is then infinite; make the scheduler with set_alpha_to_one=False")
+    if scheduler.config.prediction_type == "epsilon":
+        eps = model_output
+        x_0 = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
+    elif scheduler.config.prediction_type == "v_prediction":
+        eps = abar_t.sqrt() * model_output + (1 - abar_t).sqrt() * x_t
+        x_0 = abar_t.sqrt() * x_t - (1 - abar_t).sqrt() * model_output
+    else:
+        raise ValueError(f"prediction_type {scheduler.config.prediction_type!r} is not known; use a model that predicts epsilon or v_prediction")
+    return abar_prev.sqrt() * x_0 + (1 - abar_prev - sigma**2).sqrt() * eps, sigma
+
+
+def log_prob(x_prev, mean, sigma):
+    """log N(x_{t-1}; mean, sigma^2), averaged over the D numbers of a latent -> (B,).
+
+    The papers' density is the sum. With the mean, as in all their code, exp(log_prob - log_prob_old) is the D-th root of the true ratio:
+    for D = 16,384 a clip range of 1e-4 lets the true ratio go from 0.19 to 5.2 (exp(+-1.64)). Where D is smaller the same clip is tighter.
+    """
+    density = -((x_prev - mean) ** 2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
+    return density.flatten(1).mean(1)
+
+
+def kl_divergence(mean, mean_ref, sigma):
+    """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) = (mean - mean_ref)^2 / (2 sigma^2), averaged over the latent like log_prob -> (B,)."""
+    return ((mean - mean_ref) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
+
+
+@dataclasses.dataclass
+class Rollout:
+    """N trajectories x_T, ..., x_0 of the policy, on the CPU: what an update needs of them."""
+    prompts: list             # N texts
+    cond: torch.Tensor        # (N, L, E) their embeddings
+    timesteps: torch.Tensor   # (K,) t, falling
+    latents: torch.Tensor     # (N, K + 1, 4, H, W) float32: x_t is [:, k], x_{t-1} is [:, k + 1]
+    log_probs: torch.Tensor   # (N, K) log p(x_{t-1} | x_t, c) under the policy that drew them
+    images: list              # N PIL images
+
+
+def encode(pipe, prompts):
+    """The prompts' embeddings (N, L, E); each text is encoded once. What the text encoder cannot read is cut off."""
+    unique = list(dict.fromkeys(prompts))
+    cond = pipe.encode_prompt(unique, pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
+    return cond[[unique.index(prompt) for prompt in prompts]]
+
+
+def generators(seed, epoch, indices):
+    """One generator for each sample, from (seed, epoch, global index of the sample): no sample depends on its batch or on other samples."""
+    return [torch.Generator().manual_seed((seed * 2_654_435_761 + epoch * 1_000_003 + i) % 2**32) for i in indices]
+
+
+@torch.no_grad()
+def sample(pipe, prompts, config, generators):
+    """Roll the policy out: x_T ~ N(0, 1), then K steps x_{t-1} ~ p_theta(x_{t-1} | x_t, c), then the decoder -> Rollout.
+
+    Each sample draws x_T and then a noise a step from its own CPU generator, in the order of diffusers' DDIM: the images are the same.
+    """
+    unet, scheduler, K = pipe.unet, pipe.scheduler, config.steps
+    scheduler.set_timesteps(K, device=pipe.device)
+    cond, uncond = encode(pipe, prompts), encode(pipe, [""])
+    shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    latents = torch.empty(len(prompts), K + 1, *shape[1:])
+    log_probs, images = torch.empty(len(prompts), K), []
+    for rows in tqdm(torch.arange(len(prompts)).split(config.batch), "sampling", leave=False):
+        draws = [generators[i] for i in rows]
+        x_t = torch.cat([torch.randn(shape, generator=g) for g in draws]).to(pipe.device)            # (B, 4, H, W)
+        latents[rows, 0] = x_t.cpu()
+        for k, t in enumerate(scheduler.timesteps):
+            t = t.expand(len(rows))                                                                  # (B,)
+            eps = predict_noise(unet, x_t, t, cond[rows], uncond, config.guidance)                   # (B, 4, H, W)
+            mean, sigma = step_distribution(scheduler, eps, t, x_t, config.eta)
+            x_prev = mean + sigma * torch.cat([torch.randn(shape, generator=g) for g in draws]).to(pipe.device)
+            log_probs[rows, k] = log_prob(x_prev, mean, sigma).cpu()
+            latents[rows, k + 1] = x_prev.cpu()
+            x_t = x_prev
+        decoded = pipe.vae.decode(x_t.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+        images += pipe.image_processor.postprocess(decoded.float(), output_type="pil")
+    return Rollout(list(prompts), cond.cpu(), scheduler.timesteps.cpu(), latents, log_probs, images)
+
+
+# ---------------------------------------------------------------- advantages (appendix D.3)
+
+class PromptStatistics:
+    """Rewards standardised by the running mean and standard deviation of their own prompt: the part of a value function (D.3).
+
+    Of each prompt the last `buffer_size` rewards are kept, this batch's among them; a prompt with fewer than `min_count` is standardised
+    by the whole batch. Population standard deviation + 1e-6, so that equal rewards give 0.
+    """
+
+    def __init__(self, buffer_size, min_count):
+        self.min_count = min_count
+        self.buffer = defaultdict(lambda: deque(maxlen=buffer_size))
+
+    def update(self, prompts, rewards):
+        """prompts (N), rewards (N,) -> advantages (N,) float32."""
+        batch = rewards.double()
+        for prompt, reward in zip(prompts, batch.tolist()):
+            self.buffer[prompt].append(reward)
+        advantages = torch.empty_like(batch)
+        for i, prompt in enumerate(prompts):
+            own = self.buffer[prompt]
+            reference = torch.tensor(own, dtype=torch.double) if len(own) >= self.min_count else batch
+            advantages[i] = (batch[i] - reference.mean()) / (reference.std(correction=0) + 1e-6)
+        return advantages.float()
+
+    def state_dict(self):
+        return {prompt: list(rewards) for prompt, rewards in self.buffer.items()}
+
+    def load_state_dict(self, state):
+        self.buffer.clear()
+        for prompt, rewards in state.items():
+            self.buffer[prompt].extend(rewards)
+
+
+# ---------------------------------------------------------------- losses: means over rows, where the paper sums over t (K times this)
+
+def score_function_loss(log_prob, advantage):
+    """(DDPO_SF): its gradient is -E[ grad log p_theta(x_{t-1} | x_t, c) r(x_0, c) ], with the advantage for r; all (B,)."""
+    return -(advantage * log_prob).mean(), {}
+
+
+def importance_sampling_loss(log_prob, log_prob_old, advantage, clip_range):
+    """(DDPO_IS) under PPO's clip (D.1): -E[ min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) ], ratio = p_theta / p_theta_old; all (B,).
+
+    At theta = theta_old the gradient is that of (DDPO_SF). `clipped` is the share of rows whose gradient the clip cuts off.
+    """
+    ratio = (log_prob - log_prob_old).exp()
+    unclipped = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
+    info = {"ratio_mean": ratio.mean().item(), "ratio_deviation": (ratio - 1).abs().max().item(),
+            "clipped": (clipped > unclipped).float().mean().item()}
+    return torch.maximum(unclipped, clipped).mean(), info
+
+
+# ---------------------------------------------------------------- a run: prompts, model, folder, pictures
+
+ANIMALS = ("cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant butterfly "
+           "fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel bat gorilla "
+           "hedgehog kangaroo").split()  # D.6
+ACTIVITIES = ("riding a bike", "playing chess", "washing dishes")
+PLURALS = {"mouse": "mice", "wolf": "wolves", "fox": "foxes", "goose": "geese", "butterfly": "butterflies", "fly": "flies",
+           "sheep": "sheep", "deer": "deer", "fish": "fish"}
+PROMPTS = {
+    "animals": ANIMALS,
+    "activities": [f"a{'n' * (animal[0] in 'aeiou')} {animal} {activity}" for animal in ANIMALS for activity in ACTIVITIES],
+    "counting": [f"{n} {PLURALS.get(a, a + 's')}" for a in ANIMALS for n in ("two", "three", "four", "five", "six", "seven", "eight")],
+}
+
+
+def load_prompts(name):
+    """The texts of --prompts: a known set, a text file with one prompt a line, or one prompt given literally. Raises ValueError."""
+    if name in PROMPTS:
+        return list(PROMPTS[name])
+    file = rewards.find(name)
+    if file and file.is_file():
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not prompts:
+            raise ValueError(f"prompt file {name!r} is empty; write one prompt a line")
+        return prompts
+    if len(name.split()) < 2 or name.endswith(".txt"):
+        raise ValueError(f"prompts {name!r} is neither a known set ({', '.join(PROMPTS)}) nor a text file, and a prompt given literally "
+                         f"has several words; correct the name, or put a one-word prompt in a file")
+    return [name]
+
+
+def check(config):
+    """Refuse what cannot work, before anything is loaded or written. Raises ValueError with the value, the rule and the remedy."""
+    for f in dataclasses.fields(config):
+        value, choices, zero = getattr(config, f.name), f.metadata["choices"], f.metadata["zero"]
+        if type(value) is not f.type and (type(value), f.type) != (int, float):
+            raise ValueError(f"{f.name} {value!r} must be of type {f.type.__name__}; the default is {f.default!r}")
+        if choices and value not in choices:
+            raise ValueError(f"{f.name} {value!r} is unknown; choose {' or '.join(filter(None, choices))}")
+        if f.type in (int, float) and not (0 <= value < math.inf if zero else 0 < value < math.inf):
+            raise ValueError(f"{f.name} {value} must be finite and {'0 or more' if zero else 'above 0'}; the default is {f.default}")
+    N, out = config.samples_per_epoch, Path(config.out)
+    rules = config.rules() + [
+        (config.eta <= 1, f"eta {config.eta} must be at most 1, where DDIM is the ancestral sampler; use 1"),
+        (config.steps <= 1000, f"steps {config.steps} must be at most the 1000 that the model was trained with; the papers take 50"),
+        (N % config.updates_per_epoch == 0, f"updates_per_epoch {config.updates_per_epoch} must divide samples_per_epoch {N}; "
+         f"try {math.gcd(N, config.updates_per_epoch)}"),
+        (N % config.batch == 0, f"batch {config.batch} must divide samples_per_epoch {N}; try {math.gcd(N, config.batch)}"),
+        (not config.out or not out.exists() or out.is_dir() and not any(out.iterdir()), f"out {config.out!r} is not an empty folder; name a new one"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise ValueError(message)
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {config.device!r} is not to be had ({str(error).splitlines()[0]}); try cpu") from error
+    load_prompts(config.prompts)
+    rewards.check(config.reward)
+
+
+def load_pipeline(config):
+    """Stable Diffusion in eval mode on the device, with the scheduler of the MDP. Raises ValueError if there is none to be had."""
+    diffusers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    source = str(rewards.find(config.model) or config.model)
+    try:
+        kind = diffusers.StableDiffusionPipeline.load_config(source)["_class_name"]
+        if kind != "StableDiffusionPipeline":
+            raise ValueError(f"it is a {kind}")
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(source, safety_checker=None, requires_safety_checker=False, use_safetensors=True,
+                                                       dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    except Exception as error:  # whatever a folder or a hub comes up with
+        raise ValueError(f"model {config.model!r} cannot be loaded ({str(error).strip().splitlines()[0]}); give a Stable Diffusion 1.x or 2.x "
+                         "folder with safetensors, or a hub id and a network, or --model shapes") from error
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+                                               timestep_spacing="leading")
+    pipe.to(config.device)
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        module.requires_grad_(False).eval()
+    return pipe
+
+
+def draw_samples(file, title, images, captions, columns=4, size=256, text=16):
+    """A grid of captioned images under a title line, as PNG."""
+    cell, top, font = (size + 8, size + 44), 32, ImageFont.load_default(text)
+    sheet = Image.new("RGB", (columns * cell[0], top + -(-len(images) // columns) * cell[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((8, 6), title, "black", font)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        x, y = i % columns * cell[0] + 4, i // columns * cell[1] + top
+        sheet.paste(image.resize((size, size), Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS), (x, y))
+        pen.multiline_text((x, y + size + 2), "\n".join(textwrap.wrap(caption, 32)[:2]), "black", font, spacing=0)
+    sheet.save(file)
+
+
+def draw_summary(folder):
+    """comparison.png: the first grid of samples beside the last. progress.png: title and first row of at most eight grids, evenly spaced."""
+    grids = [Image.open(file) for file in sorted(Path(folder, "samples").glob("epoch_*.png"))]
+    width, height = grids[0].size
+    comparison = Image.new("RGB", (2 * width, height))
+    for i, grid in enumerate((grids[0], grids[-1])):
+        comparison.paste(grid, (i * width, 0))
+    comparison.save(Path(folder, "comparison.png"))
+    chosen, row = [grids[i * (len(grids) - 1) // 7] for i in range(8)] if len(grids) > 8 else grids, 32 + 256 + 44
+    progress = Image.new("RGB", (width, row * len(chosen)))
+    for i, grid in enumerate(chosen):
+        progress.paste(grid.crop((0, 0, width, row)), (0, i * row))
+    progress.save(Path(folder, "progress.png"))
+
+
+def start_run(config):
+    """Make the run's folder, with the config.json that repeats the run -> the folder, and TensorBoard's writer or None."""
+    name = f"{Path(__file__).stem}-{config.reward.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(config.out or Path("runs", name))
+    (folder / "samples").mkdir(parents=True)
+    settings = {**dataclasses.asdict(config), "out": ""}
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # not everybody has it
+    except ImportError:
+        return folder, None
+    return folder, SummaryWriter(folder)
+
+
+def averages(infos):
+    """(update, rows, info) of an epoch's UNet calls -> means over all rows, but of ratio_deviation the largest before the first update."""
+    total = sum(rows for _, rows, _ in infos)
+    means = {name: sum(rows * info[name] for _, rows, info in infos) / total for name in infos[0][2]}
+    if "ratio_deviation" in means:
+        means["ratio_deviation"] = max(info["ratio_deviation"] for update, _, info in infos if update == 0)
+    return means
+
+
+def log_epoch(folder, row, writer):
+    """One line on the screen, one row of log.csv, and TensorBoard's points where it is installed."""
+    new = not (folder / "log.csv").exists()
+    with open(folder / "log.csv", "a", newline="", encoding="utf-8") as file:
+        log = csv.DictWriter(file, row)
+        if new:
+            log.writeheader()
+        log.writerow(row)
+    if writer:
+        for name, value in row.items():
+            writer.add_scalar(name, value, row["epoch"])
+    tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+
+def peak_memory(device):
+    """GB taken at most so far: on the GPU, or by the whole process; not a number where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def show_samples(pipe, prompts, config, reward_fn, folder, epoch):
+    """samples/epoch_....png: sixteen images of fixed prompts and seeds, each with its reward; these queries teach nothing."""
+    prompts = [prompts[i % len(prompts)] for i in range(16)]
+    rollout = sample(pipe, prompts, config, generators(config.seed, 0, range(16)))
+    reward = reward_fn(rollout.images, prompts)
+    title = f"{'epoch ' + str(epoch) if epoch else 'pre-trained'}   reward queries {epoch * config.samples_per_epoch}   mean reward {reward.mean():.3f}"
+    draw_samples(folder / "samples" / f"epoch_{epoch:04d}.png", title, rollout.images, [f"{r:.3f} {p}" for r, p in zip(reward, prompts)])
+
+
+# ---------------------------------------------------------------- the algorithm: section 4.3, with the iteration of appendix D.5
+
+def policy(pipe, rollout, rows, uncond, config):
+    """p_theta at rows of a rollout, row = i K + k for step k of sample i -> x_{t-1} as it was drawn, and mean and sigma now."""
+    i, k = rows // config.steps, rows % config.steps
+    x_t, t = rollout.latents[i, k].to(pipe.device), rollout.timesteps[k].to(pipe.device)
+    eps = predict_noise(pipe.unet, x_t, t, rollout.cond[i].to(pipe.device), uncond, config.guidance)
+    mean, sigma = step_distribution(pipe.scheduler, eps, t, x_t, config.eta)
+    return rollout.latents[i, k + 1].to(pipe.device), mean, sigma
+
+
+@torch.no_grad()
+def kl_to_pretrained(pipe, rollout, uncond, config, rng):
+    """KL of a step from p_theta to p_pre, mean per latent element, estimated at one random step of each sample, all steps equally often:
+    on policy up to this epoch's updates."""
+    (N, K), total = rollout.log_probs.shape, 0.0
+    for rows in (torch.arange(N) * K + torch.randperm(N, generator=rng) % K).split(config.batch):
+        _, mean, sigma = policy(pipe, rollout, rows, uncond, config)
+        with pretrained(pipe.unet):
+            _, mean_ref, _ = policy(pipe, rollout, rows, uncond, config)
+        total += kl_divergence(mean, mean_ref, sigma).sum().item()
+    return total / N
+
+
+def setup(config):
+    """Check everything, then load everything; nothing is written yet -> config for this machine, pipe, prompts, reward, LoRA parameters."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = device.startswith("cuda") and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    config = dataclasses.replace(config, device=device, precision=config.precision or ("bf16" if bf16 else "fp32"),
+                                 model=str(config.model), prompts=str(config.prompts), out=str(config.out))  # a Path is welcome
+    check(config)
+    prompts = load_prompts(config.prompts)
+    pipe = load_pipeline(config)
+    lengths = [len(pipe.tokenizer(prompt).input_ids) for prompt in prompts]
+    if max(lengths) > pipe.tokenizer.model_max_length:
+        print(f"warning: the text encoder reads {pipe.tokenizer.model_max_length} tokens and does not see the end of "
+              f"{prompts[lengths.index(max(lengths))]!r} ({max(lengths)} tokens)", file=sys.stderr)
+    reward_fn = rewards.load(config.reward, device, **config.reward_options)
+    parameters = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))
+    if config.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    if config.compile:
+        pipe.unet.compile()
+    return config, pipe, prompts, reward_fn, parameters
+
+
+def train(config):
+    """DDPO -> the run's folder. Raises ValueError for what cannot work; what was saved by then stays."""
+    config, pipe, prompts, reward_fn, parameters = setup(config)
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    statistics = PromptStatistics(config.buffer_size, config.min_count)
+    folder, writer = start_run(config)
+    N, K, uncond = config.samples_per_epoch, config.steps, encode(pipe, [""])
+    show_samples(pipe, prompts, config, reward_fn, folder, 0)
+
+    for epoch in range(1, config.epochs + 1):
+        started, rng, infos, norms = time.time(), generators(config.seed, epoch, [N])[0], [], []
+        texts = [prompts[i] for i in torch.randint(len(prompts), (N,), generator=rng)]         # c ~ p(c)
+        rollout = sample(pipe, texts, config, generators(config.seed, epoch, range(N)))        # x_T, ..., x_0 ~ p_theta_old
+        reward = reward_fn(rollout.images, texts)                                              # r(x_0, c)
+        advantage = statistics.update(texts, reward).clamp(-config.advantage_clip, config.advantage_clip)
+        for update, samples in enumerate(torch.arange(N).chunk(config.updates_per_epoch)):
+            rows = (samples[:, None] * K + torch.arange(K)).flatten()                          # every step of these samples
+            rows = rows[torch.randperm(len(rows), generator=rng)]
+            for chunk in tqdm(rows.split(config.batch), f"update {update + 1}", leave=False):
+                x_prev, mean, sigma = policy(pipe, rollout, chunk, uncond, config)
+                new, old = log_prob(x_prev, mean, sigma).cpu(), rollout.log_probs.flatten()[chunk]
+                loss, info = (score_function_loss(new, advantage[chunk // K]) if config.algo == "sf" else
+                              importance_sampling_loss(new, old, advantage[chunk // K], config.clip_range))
+                if config.kl_weight:
+                    with torch.no_grad(), pretrained(pipe.unet):
+                        _, mean_ref, _ = policy(pipe, rollout, chunk, uncond, config)
+                    loss = loss + config.kl_weight * kl_divergence(mean, mean_ref, sigma).mean().cpu()
+                (loss * len(chunk) / len(rows)).backward()                                     # accumulate over all steps (D.1)
+                infos.append((update, len(chunk), info))
+            norms.append(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        kl = kl_to_pretrained(pipe, rollout, uncond, config, rng)
+        log_epoch(folder, {"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(),
+                           "reward_std": reward.std(correction=0).item(), **averages(infos), "kl": kl, "grad_norm": sum(norms) / len(norms),
+                           "seconds": time.time() - started, "memory_gb": peak_memory(config.device)}, writer)
+        done = epoch == config.epochs or 0 < config.max_kl < kl                                # early stopping
+        if done or epoch % config.save_every == 0:
+            save_lora(pipe.unet, folder / "lora")
+        if done or epoch % config.sample_every == 0:
+            show_samples(pipe, prompts, config, reward_fn, folder, epoch)
+        if done:
+            break
+    draw_summary(folder)
+    return folder
+
+
+# ---------------------------------------------------------------- the command line
+
+def read_settings(file):
+    """The settings in a JSON file. Raises ValueError."""
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        Config(**settings)
+        return settings
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"config {str(file)!r} cannot be used ({error}); give a JSON object of settings, such as a run's config.json") from error
+
+
+def parse(argv):
+    """Command line -> Config: defaults, then a --config file, then flags. With neither CUDA nor a model named, shapes/ comes first."""
+    script = Path(__file__).stem
+    parser = argparse.ArgumentParser(f"{script}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", metavar="FILE.json", help="settings to start from, such as a run's config.json; flags override them")
+    for f in dataclasses.fields(Config):
+        group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
+        kind = {"type": f.type, "metavar": "|".join(filter(None, f.metadata["choices"] or ())) or f.type.__name__.upper()}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif f.type is dict:
+            kind = {"nargs": "+", "metavar": "KEY=VALUE"}
+        default = "" if f.default in ("", False, dataclasses.MISSING) else f" (default {f.default})"
+        group.add_argument(f"--{f.name}", help=f.metadata["help"].replace("%", "%%") + default, **kind)
+    flags = vars(parser.parse_args(argv))
+    if "reward_options" in flags:
+        pairs = [option.partition("=") for option in flags["reward_options"]]
+        if not all(name.isidentifier() and equals for name, equals, _ in pairs):
+            parser.error(f"reward_options {' '.join(flags['reward_options'])!r} must be of the form key=value key=value")
+        flags["reward_options"] = {name: value for name, _, value in pairs}
+    settings = (read_settings(flags.pop("config")) if "config" in flags else {}) | Config.implied(flags) | flags
+    if "model" not in settings and not (settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
+        print(f"no CUDA GPU in use: running the small model in shapes/ with shapes/{script}.json; --model names another")
+        settings = read_settings(rewards.find(f"shapes/{script}.json")) | settings
+    return Config(**settings)
+
+
+def main(argv=None):
+    """Exit status 0, or 2 with the reason as the last line of stderr."""
+    try:
+        folder = train(parse(argv))
+    except SystemExit as stop:  # argparse has printed its help or its error
+        return stop.code
+    except ValueError as error:
+        print(f"ddpo.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{folder}: comparison.png and progress.png show what changed, log.csv how, lora/ loads in diffusers")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

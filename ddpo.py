@@ -10,14 +10,16 @@ clip; the iteration is that of appendix D.5; the policy is the guided one, and g
 What differs from the paper, and why:
 - LoRA in the attention layers, with the learning rate that the authors' code has for it, instead of the whole UNet: it fits one GPU.
 - log p is the mean over the latent, not the sum, as in all the authors' code; `log_prob` says what that does to the clip range.
+- The loss is the mean over the steps t too, where the estimators sum; with Adam and a cut gradient norm the factor K hardly matters.
 - The paper names no sampler. DDIM with eta 1, the authors', is ancestral DDPM sampling on the shortened schedule.
 - Advantages are cut at +-5, and a prompt has statistics of its own from 16 rewards on: both from the authors' code.
-- With a ratio per step (DDPO_IS) is the policy gradient only while theta = theta_old; after that it is PPO's surrogate of it.
-- Added: a KL penalty to the pre-trained model, and early stopping on that KL, against over-optimisation (appendix A).
+- (DDPO_IS) is printed as the gradient; with one ratio a step it is that only at theta = theta_old, and after that PPO's surrogate of it.
+- Added against over-optimisation (appendix A): early stopping on the KL to the pre-trained model, and a penalty on it, mean over steps and
+  latent, at the states that theta_old drew (DPOK, arXiv:2305.16381, Eq. 8 to 9, which leaves out part of its gradient, Eq. 16).
 - Left out: RWR, tuning the whole UNet, and the 398 ImageNet prompts, for which the 45 animals stand in.
 
-The numbers of a run: reward_mean rises. ratio_deviation, from before an epoch's first update, is 0 but for rounding. clipped stays well under
-1. kl grows slowly: a jump is a collapse. grad_norm keeps its size. The loss says nothing about progress and is not shown.
+The numbers of a run: reward_mean rises. ratio_deviation, before an epoch's first update, is 0 but for rounding. clipped is well under 1. kl
+grows slowly: a jump is a collapse. grad_norm keeps its size. The loss says nothing about progress and is not shown.
 """
 import argparse
 import csv
@@ -55,7 +57,7 @@ def setting(default, help, group=None, zero=False, choices=None):
 
 @dataclasses.dataclass
 class Config:
-    """Settings of a run. The defaults are those that the authors published for LoRA (ddpo-pytorch, config/dgx.py), on one GPU."""
+    """Settings of a run. The defaults are what the authors published for LoRA (ddpo-pytorch, config/dgx.py); "paper" and "code" say which."""
     model: str = setting("CompVis/stable-diffusion-v1-4", "hub id or folder of a Stable Diffusion pipeline; paper: v1.4", "task")
     reward: str = setting("jpeg", "jpeg, incompressibility or path/to/file.py:function")
     reward_options: dict = setting(dict, "passed on to the reward")
@@ -67,12 +69,12 @@ class Config:
     eta: float = setting(1.0, "DDIM's noise, in (0, 1]; code: 1")
     epochs: int = setting(100, "rounds of sampling and updating; code: 100 for JPEG, 200 for the rest", "training")
     updates_per_epoch: int = setting(4, "optimiser steps an epoch, each on its share of the samples; paper: 4 for is, 1 for sf")
-    batch: int = setting(4, "rows of one UNet call, before guidance doubles them; as memory allows, the result is the same")
+    batch: int = setting(4, "rows of one UNet call, before guidance doubles them: as many as memory allows, the result is the same up to rounding")
     rank: int = setting(4, "rank of LoRA; code: 4")
     lr: float = setting(3e-4, "AdamW's learning rate; paper: 1e-5 for the whole UNet, code: 3e-4 for LoRA")
     weight_decay: float = setting(1e-4, "AdamW's weight decay; paper: 1e-4", zero=True)
     max_grad_norm: float = setting(1.0, "longer gradients are cut to this norm; paper: 1")
-    clip_range: float = setting(1e-4, "epsilon of the clip, on the ratio of means over the latent; paper: 1e-4")
+    clip_range: float = setting(1e-4, "of the ratio, the exponential of a change in mean log-probability per latent element; paper: 1e-4")
     advantage_clip: float = setting(5.0, "advantages are cut to +- this; code: 5, paper: none")
     buffer_size: int = setting(32, "rewards remembered for each prompt; code: 16 for JPEG, 32 for the rest")
     min_count: int = setting(16, "rewards from which on a prompt has statistics of its own; code: 16")
@@ -88,9 +90,9 @@ class Config:
     save_every: int = setting(10, "epochs between savings of the LoRA weights")
 
     @staticmethod
-    def implied(flags):
-        """What one flag settles as long as no other flag says otherwise."""
-        return {"updates_per_epoch": 1} if flags.get("algo") == "sf" else {}
+    def implied(settings):
+        """What one setting settles as long as no other says otherwise."""
+        return {"updates_per_epoch": 1} if settings.get("algo") == "sf" else {}
 
     def rules(self):
         """What must hold of this script's own settings: (holds, what to say if not), ..."""
@@ -208,15 +210,15 @@ def predict_noise(unet, x_t, t, cond, uncond, guidance):
 
 
 def step_distribution(scheduler, model_output, t, x_t, eta=1.0):
-    """p_theta(x_{t-1} | x_t, c), a Gaussian (DDPO Eq. 2), here DDIM's step (arXiv:2010.02502 Eq. 12) -> mean (B, 4, H, W), sigma (B, 1, 1, 1).
+    """p_theta(x_{t-1} | x_t, c), a Gaussian (DDPO Eq. 2), here DDIM's step (arXiv:2010.02502 Eq. 12, 16) -> mean (B, 4, H, W), sigma (B, 1, 1, 1).
 
-    sigma = eta sqrt((1 - abar_prev) / (1 - abar_t) (1 - abar_t / abar_prev)),  mean = sqrt(abar_prev) x_0 + sqrt(1 - abar_prev - sigma^2) eps
-    for model outputs eps or v; t (B,). Raises ValueError where sigma would be 0 or the step no Gaussian: then there is no log-probability.
+    sigma = eta sqrt((1 - abar_prev) / (1 - abar_t) (1 - abar_t / abar_prev)),  mean = sqrt(abar_prev) x0_pred + sqrt(1 - abar_prev - sigma^2) eps
+    for model outputs eps or v; t (B,). Raises ValueError where sigma would be 0 or x0_pred clipped: then this density is not the step's.
     """
     if not 0 < eta <= 1:
         raise ValueError(f"eta {eta} must be in (0, 1]: without noise a step has no log-probability; use 1")
     if scheduler.config.thresholding or scheduler.config.clip_sample:
-        raise ValueError("the scheduler clips x_0, so that the step is not the Gaussian computed here; set thresholding and clip_sample to False")
+        raise ValueError("the scheduler clips x0_pred, so that the step is not the Gaussian computed here; set thresholding and clip_sample to False")
     table = scheduler.alphas_cumprod.to(x_t.device)
     prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     abar_t = table[t].view(-1, 1, 1, 1)
@@ -226,13 +228,13 @@ def step_distribution(scheduler, model_output, t, x_t, eta=1.0):
         raise ValueError("sigma is 0 at the last step, whose log-probability is then infinite; make the scheduler with set_alpha_to_one=False")
     if scheduler.config.prediction_type == "epsilon":
         eps = model_output
-        x_0 = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
+        x0_pred = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
     elif scheduler.config.prediction_type == "v_prediction":
         eps = abar_t.sqrt() * model_output + (1 - abar_t).sqrt() * x_t
-        x_0 = abar_t.sqrt() * x_t - (1 - abar_t).sqrt() * model_output
+        x0_pred = abar_t.sqrt() * x_t - (1 - abar_t).sqrt() * model_output
     else:
         raise ValueError(f"prediction_type {scheduler.config.prediction_type!r} is not known; use a model that predicts epsilon or v_prediction")
-    return abar_prev.sqrt() * x_0 + (1 - abar_prev - sigma**2).sqrt() * eps, sigma
+    return abar_prev.sqrt() * x0_pred + (1 - abar_prev - sigma**2).sqrt() * eps, sigma
 
 
 def log_prob(x_prev, mean, sigma):
@@ -291,8 +293,8 @@ def sample(pipe, prompts, config, generators):
         latents[rows, 0] = x_t.cpu()
         for k, t in enumerate(scheduler.timesteps):
             t = t.expand(len(rows))                                                                  # (B,)
-            eps = predict_noise(unet, x_t, t, cond[rows], uncond, config.guidance)                   # (B, 4, H, W)
-            mean, sigma = step_distribution(scheduler, eps, t, x_t, config.eta)
+            model_output = predict_noise(unet, x_t, t, cond[rows], uncond, config.guidance)          # (B, 4, H, W)
+            mean, sigma = step_distribution(scheduler, model_output, t, x_t, config.eta)
             x_prev = mean + sigma * torch.cat([torch.randn(shape, generator=g) for g in draws]).to(pipe.device)
             log_probs[rows, k] = log_prob(x_prev, mean, sigma).cpu()
             latents[rows, k + 1] = x_prev.cpu()
@@ -305,7 +307,7 @@ def sample(pipe, prompts, config, generators):
 # ---------------------------------------------------------------- advantages (appendix D.3)
 
 class PromptStatistics:
-    """Rewards standardised by the running mean and standard deviation of their own prompt: the part of a value function (D.3).
+    """Rewards standardised by the running mean and standard deviation of their own prompt, in place of a value function (D.3).
 
     Of each prompt the last `buffer_size` rewards are kept, this batch's among them; a prompt with fewer than `min_count` is standardised
     by the whole batch. Population standard deviation + 1e-6, so that equal rewards give 0.
@@ -344,7 +346,7 @@ def score_function_loss(log_prob, advantage):
 
 
 def importance_sampling_loss(log_prob, log_prob_old, advantage, clip_range):
-    """(DDPO_IS) under PPO's clip (D.1): -E[ min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) ], ratio = p_theta / p_theta_old; all (B,).
+    """(DDPO_IS) under PPO's clip (D.1), all (B,): -E[ min(ratio A, clip(ratio, 1 - clip_range, 1 + clip_range) A) ], ratio = p_theta / p_theta_old.
 
     At theta = theta_old the gradient is that of (DDPO_SF). `clipped` is the share of rows whose gradient the clip cuts off.
     """
@@ -387,6 +389,10 @@ def load_prompts(name):
     return [name]
 
 
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def check(config):
     """Refuse what cannot work, before anything is loaded or written. Raises ValueError with the value, the rule and the remedy."""
     for f in dataclasses.fields(config):
@@ -400,19 +406,20 @@ def check(config):
     N, out = config.samples_per_epoch, Path(config.out)
     rules = config.rules() + [
         (config.eta <= 1, f"eta {config.eta} must be at most 1, where DDIM is the ancestral sampler; use 1"),
-        (config.steps <= 1000, f"steps {config.steps} must be at most the 1000 that the model was trained with; the papers take 50"),
+        (config.steps <= 500, f"steps {config.steps} must be at most 500, half of those the model was trained with; the papers take 50"),
         (N % config.updates_per_epoch == 0, f"updates_per_epoch {config.updates_per_epoch} must divide samples_per_epoch {N}; "
          f"try {math.gcd(N, config.updates_per_epoch)}"),
         (N % config.batch == 0, f"batch {config.batch} must divide samples_per_epoch {N}; try {math.gcd(N, config.batch)}"),
         (not config.out or not out.exists() or out.is_dir() and not any(out.iterdir()), f"out {config.out!r} is not an empty folder; name a new one"),
+        (all(folder.is_dir() for folder in out.parents if folder.exists()), f"out {config.out!r} lies under a file; name a folder"),
     ]
     for holds, message in rules:
         if not holds:
             raise ValueError(message)
     try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {config.device!r} is not to be had ({str(error).splitlines()[0]}); try cpu") from error
+        torch.zeros(1, device=config.device).item()
+    except Exception as error:  # each kind of device has its own
+        raise ValueError(f"device {config.device!r} is not to be had ({first_line(error)}); try cpu") from error
     load_prompts(config.prompts)
     rewards.check(config.reward)
 
@@ -426,14 +433,13 @@ def load_pipeline(config):
         kind = diffusers.StableDiffusionPipeline.load_config(source)["_class_name"]
         if kind != "StableDiffusionPipeline":
             raise ValueError(f"it is a {kind}")
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(source, safety_checker=None, requires_safety_checker=False, use_safetensors=True,
-                                                       dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(source, safety_checker=None, requires_safety_checker=False, use_safetensors=True)
     except Exception as error:  # whatever a folder or a hub comes up with
-        raise ValueError(f"model {config.model!r} cannot be loaded ({str(error).strip().splitlines()[0]}); give a Stable Diffusion 1.x or 2.x "
-                         "folder with safetensors, or a hub id and a network, or --model shapes") from error
+        raise ValueError(f"model {config.model!r} cannot be loaded ({first_line(error)}); give a Stable Diffusion 1.x or 2.x folder with "
+                         "safetensors, or a hub id and a network, or run the small model with --config shapes/ddpo.json") from error
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-                                               timestep_spacing="leading")
-    pipe.to(config.device)
+                                                         timestep_spacing="leading")
+    pipe.to(config.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False).eval()
     return pipe
@@ -530,38 +536,56 @@ def policy(pipe, rollout, rows, uncond, config):
     """p_theta at rows of a rollout, row = i K + k for step k of sample i -> x_{t-1} as it was drawn, and mean and sigma now."""
     i, k = rows // config.steps, rows % config.steps
     x_t, t = rollout.latents[i, k].to(pipe.device), rollout.timesteps[k].to(pipe.device)
-    eps = predict_noise(pipe.unet, x_t, t, rollout.cond[i].to(pipe.device), uncond, config.guidance)
-    mean, sigma = step_distribution(pipe.scheduler, eps, t, x_t, config.eta)
+    model_output = predict_noise(pipe.unet, x_t, t, rollout.cond[i].to(pipe.device), uncond, config.guidance)
+    mean, sigma = step_distribution(pipe.scheduler, model_output, t, x_t, config.eta)
     return rollout.latents[i, k + 1].to(pipe.device), mean, sigma
 
 
+def kl_to_pretrained(pipe, rollout, rows, mean, sigma, uncond, config):
+    """KL of the steps at `rows` from p_theta, given by mean and sigma, to p_pre -> (B,) with the gradient of p_theta."""
+    with torch.no_grad(), pretrained(pipe.unet):
+        _, mean_ref, _ = policy(pipe, rollout, rows, uncond, config)
+    return kl_divergence(mean, mean_ref, sigma)
+
+
 @torch.no_grad()
-def kl_to_pretrained(pipe, rollout, uncond, config, rng):
-    """KL of a step from p_theta to p_pre, mean per latent element, estimated at one random step of each sample, all steps equally often:
-    on policy up to this epoch's updates."""
+def mean_kl(pipe, rollout, uncond, config, rng):
+    """The KL to p_pre, mean per latent element and step, estimated at one random step of each sample; its states are those that theta_old drew.
+    The steps are spread evenly: each has the same chance, and their numbers differ by one at most."""
     (N, K), total = rollout.log_probs.shape, 0.0
-    for rows in (torch.arange(N) * K + torch.randperm(N, generator=rng) % K).split(config.batch):
+    for rows in (torch.arange(N) * K + (torch.randperm(N, generator=rng) + torch.randint(K, (1,), generator=rng)) % K).split(config.batch):
         _, mean, sigma = policy(pipe, rollout, rows, uncond, config)
-        with pretrained(pipe.unet):
-            _, mean_ref, _ = policy(pipe, rollout, rows, uncond, config)
-        total += kl_divergence(mean, mean_ref, sigma).sum().item()
+        total += kl_to_pretrained(pipe, rollout, rows, mean, sigma, uncond, config).sum().item()
     return total / N
+
+
+def loss_at(pipe, rollout, rows, advantage, uncond, config):
+    """(DDPO_SF) or (DDPO_IS) at rows (B,) of a rollout, and the KL penalty where it has a weight -> loss, info."""
+    x_prev, mean, sigma = policy(pipe, rollout, rows, uncond, config)
+    new, old, advantage = log_prob(x_prev, mean, sigma).cpu(), rollout.log_probs.flatten()[rows], advantage[rows // config.steps]
+    if config.algo == "sf":
+        loss, info = score_function_loss(new, advantage)
+    else:
+        loss, info = importance_sampling_loss(new, old, advantage, config.clip_range)
+    if config.kl_weight:
+        loss = loss + config.kl_weight * kl_to_pretrained(pipe, rollout, rows, mean, sigma, uncond, config).mean().cpu()
+    return loss, info
 
 
 def setup(config):
     """Check everything, then load everything; nothing is written yet -> config for this machine, pipe, prompts, reward, LoRA parameters."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = device.startswith("cuda") and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    bf16 = device.startswith("cuda") and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     config = dataclasses.replace(config, device=device, precision=config.precision or ("bf16" if bf16 else "fp32"),
                                  model=str(config.model), prompts=str(config.prompts), out=str(config.out))  # a Path is welcome
     check(config)
     prompts = load_prompts(config.prompts)
+    reward_fn = rewards.load(config.reward, device, **config.reward_options)
     pipe = load_pipeline(config)
     lengths = [len(pipe.tokenizer(prompt).input_ids) for prompt in prompts]
     if max(lengths) > pipe.tokenizer.model_max_length:
         print(f"warning: the text encoder reads {pipe.tokenizer.model_max_length} tokens and does not see the end of "
               f"{prompts[lengths.index(max(lengths))]!r} ({max(lengths)} tokens)", file=sys.stderr)
-    reward_fn = rewards.load(config.reward, device, **config.reward_options)
     parameters = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
@@ -576,7 +600,7 @@ def train(config):
     optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
     statistics = PromptStatistics(config.buffer_size, config.min_count)
     folder, writer = start_run(config)
-    N, K, uncond = config.samples_per_epoch, config.steps, encode(pipe, [""])
+    N, K, uncond, warned = config.samples_per_epoch, config.steps, encode(pipe, [""]), False
     show_samples(pipe, prompts, config, reward_fn, folder, 0)
 
     for epoch in range(1, config.epochs + 1):
@@ -589,24 +613,26 @@ def train(config):
             rows = (samples[:, None] * K + torch.arange(K)).flatten()                          # every step of these samples
             rows = rows[torch.randperm(len(rows), generator=rng)]
             for chunk in tqdm(rows.split(config.batch), f"update {update + 1}", leave=False):
-                x_prev, mean, sigma = policy(pipe, rollout, chunk, uncond, config)
-                new, old = log_prob(x_prev, mean, sigma).cpu(), rollout.log_probs.flatten()[chunk]
-                loss, info = (score_function_loss(new, advantage[chunk // K]) if config.algo == "sf" else
-                              importance_sampling_loss(new, old, advantage[chunk // K], config.clip_range))
-                if config.kl_weight:
-                    with torch.no_grad(), pretrained(pipe.unet):
-                        _, mean_ref, _ = policy(pipe, rollout, chunk, uncond, config)
-                    loss = loss + config.kl_weight * kl_divergence(mean, mean_ref, sigma).mean().cpu()
-                (loss * len(chunk) / len(rows)).backward()                                     # accumulate over all steps (D.1)
+                loss, info = loss_at(pipe, rollout, chunk, advantage, uncond, config)              # (DDPO_SF) or (DDPO_IS)
+                (loss * len(chunk) / len(rows)).backward()                                         # accumulate over all steps (D.1)
                 infos.append((update, len(chunk), info))
             norms.append(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item())
+            if not math.isfinite(norms[-1]):
+                raise ValueError(f"the gradient's norm is {norms[-1]} in epoch {epoch}; lower --lr {config.lr}, or take --precision fp32")
             optimizer.step()
             optimizer.zero_grad()
-        kl = kl_to_pretrained(pipe, rollout, uncond, config, rng)
+        kl, means = mean_kl(pipe, rollout, uncond, config, rng), averages(infos)
+        if means.get("ratio_deviation", 0) > config.clip_range / 10 and not warned:
+            warned = True
+            tqdm.write(f"warning: before the first update a ratio is off 1 by {means['ratio_deviation']:.2g}, more than a tenth of clip_range "
+                       f"{config.clip_range:g}; take --precision fp32", file=sys.stderr)
         log_epoch(folder, {"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(),
-                           "reward_std": reward.std(correction=0).item(), **averages(infos), "kl": kl, "grad_norm": sum(norms) / len(norms),
+                           "reward_std": reward.std(correction=0).item(), **means, "kl": kl, "grad_norm": sum(norms) / len(norms),
                            "seconds": time.time() - started, "memory_gb": peak_memory(config.device)}, writer)
-        done = epoch == config.epochs or 0 < config.max_kl < kl                                # early stopping
+        stop = 0 < config.max_kl < kl                                                              # early stopping
+        if stop:
+            tqdm.write(f"stopped: kl {kl:.4g} is above max_kl {config.max_kl:g}")
+        done = stop or epoch == config.epochs
         if done or epoch % config.save_every == 0:
             save_lora(pipe.unet, folder / "lora")
         if done or epoch % config.sample_every == 0:
@@ -622,7 +648,7 @@ def train(config):
 def read_settings(file):
     """The settings in a JSON file. Raises ValueError."""
     try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        settings = json.loads((rewards.find(file) or Path(file)).read_text(encoding="utf-8"))
         Config(**settings)
         return settings
     except (OSError, ValueError, TypeError) as error:
@@ -650,10 +676,13 @@ def parse(argv):
         if not all(name.isidentifier() and equals for name, equals, _ in pairs):
             parser.error(f"reward_options {' '.join(flags['reward_options'])!r} must be of the form key=value key=value")
         flags["reward_options"] = {name: value for name, _, value in pairs}
-    settings = (read_settings(flags.pop("config")) if "config" in flags else {}) | Config.implied(flags) | flags
+    settings = read_settings(flags.pop("config")) if "config" in flags else {}
+    settings = Config.implied(settings) | settings | Config.implied(flags) | flags
     if "model" not in settings and not (settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
         print(f"no CUDA GPU in use: running the small model in shapes/ with shapes/{script}.json; --model names another")
-        settings = read_settings(rewards.find(f"shapes/{script}.json")) | settings
+        here = Path(__file__).resolve().parent
+        embedded = read_settings(here / "shapes" / f"{script}.json")
+        settings = embedded | {name: str(here / embedded[name]) for name in ("model", "prompts")} | settings
     return Config(**settings)
 
 

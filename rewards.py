@@ -6,10 +6,13 @@
 The policy-gradient methods need no gradient of the reward, so it may be anything that looks at the finished image: a file size, a
 model's opinion, your own function. A file given as `path/to/file.py:function` is run as it is: read it first if it came from a stranger.
 """
-import ast
 import functools
 import importlib.util
+import inspect
 import io
+import os
+import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -40,7 +43,7 @@ REWARDS = {"jpeg": jpeg, "incompressibility": incompressibility}
 
 def find(path):
     """A file or folder given relative to the working folder or, failing that, to the folder of these scripts; None if in neither."""
-    return next((p for p in (Path(path), Path(__file__).parent / path) if p.exists()), None)
+    return next((p for p in (Path(path), Path(__file__).parent / path) if os.path.exists(p)), None)
 
 
 def check(name):
@@ -52,24 +55,40 @@ def check(name):
         raise ValueError(f"reward {name!r} is unknown; choose {', '.join(REWARDS)}, or give path/to/file.py:function")
     if find(path) is None:
         raise ValueError(f"reward file {path!r} is neither in the working folder nor beside the script; check the path")
-    defined = [node.name for node in ast.parse(find(path).read_text(encoding="utf-8"), path).body if isinstance(node, ast.FunctionDef)]
-    if function not in defined:
-        raise ValueError(f"reward file {path!r} defines no function {function!r}; it has {', '.join(defined) or 'none'}")
+    try:
+        names = compile(find(path).read_text(encoding="utf-8"), path, "exec").co_names
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"reward file {path!r} cannot be read as Python ({error}); correct it") from error
+    if function not in names:
+        raise ValueError(f"reward file {path!r} defines no {function!r}; name a function of that file")
 
 
 def load(name, device="cpu", **options):
     """The reward called `name` (module docstring), as a function that also checks what goes in and comes out; `device` is where reward
-    models run; options go to the reward. Raises ValueError for an unusable name."""
+    models run; options go to the reward. Raises ValueError for an unusable name, file or option."""
     check(name)
     if name in REWARDS:
         function = REWARDS[name]
     else:
         path, _, attribute = name.rpartition(":")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, find(path))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        function = getattr(module, attribute)
+        spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", find(path))
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+            function = getattr(module, attribute)
+        except Exception as error:  # whatever that file does
+            raise ValueError(f"reward file {path!r} fails when it is run ({where(error)}); correct it") from error
+    try:
+        inspect.signature(function).bind([], [], **options)
+    except TypeError as error:
+        raise ValueError(f"reward {name!r} cannot be called with images, prompts and the reward_options {options} ({error}); correct them") from error
     return functools.partial(score, functools.partial(function, **options), name)
+
+
+def where(error):
+    """What went wrong, and where, in one line."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error}, line {place.lineno} of {place.filename}".replace("\n", " ")
 
 
 @torch.no_grad()
@@ -77,7 +96,10 @@ def score(function, name, images, prompts):
     """function(images, prompts) -> float32 (N,) on the CPU. Raises ValueError, naming the prompt, unless it is one finite number an image."""
     if len(images) != len(prompts) or not images:
         raise ValueError(f"reward {name!r} was given {len(images)} images and {len(prompts)} prompts; give one prompt for each image")
-    result = function(images, prompts)
+    try:
+        result = function(images, prompts)
+    except Exception as error:  # whatever that function does
+        raise ValueError(f"reward {name!r} failed on the prompts from {prompts[0]!r} on ({where(error)}); correct it") from error
     try:
         reward = torch.as_tensor(result).detach().to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import sys
+import time
 from pathlib import Path
 
 import diffusers
@@ -268,9 +269,12 @@ def test_the_kl_of_a_run_is_zero_with_fresh_lora_and_not_after(config):
     pipe = ddpo.load_pipeline(config)
     ddpo.add_lora(pipe.unet, config.rank)
     rollout, uncond = ddpo.sample(pipe, ["cat"] * 4, config, ddpo.generators(0, 1, range(4))), ddpo.encode(pipe, [""])
-    assert ddpo.kl_to_pretrained(pipe, rollout, uncond, config, torch.Generator().manual_seed(0)) == 0
+    assert ddpo.mean_kl(pipe, rollout, uncond, config, torch.Generator().manual_seed(0)) == 0
     disturb(pipe.unet)
-    assert ddpo.kl_to_pretrained(pipe, rollout, uncond, config, torch.Generator().manual_seed(0)) > 1e-4
+    rows = torch.arange(4 * config.steps)
+    exact = ddpo.kl_to_pretrained(pipe, rollout, rows, *ddpo.policy(pipe, rollout, rows, uncond, config)[1:], uncond, config)
+    estimates = [ddpo.mean_kl(pipe, rollout, uncond, config, torch.Generator().manual_seed(i)) for i in range(60)]
+    assert np.mean(estimates) == pytest.approx(exact.mean().item(), abs=4 * np.std(estimates) / 60**0.5) and exact.mean() > 1e-4
 
 
 # ---------------------------------------------------------------- estimators, against the truth
@@ -325,17 +329,25 @@ def test_the_score_function_estimator_is_the_gradient_of_the_expected_reward():
         assert abs(mean - truth) > 8 * error
 
 
-def test_importance_sampling_is_the_score_function_at_theta_old():
-    """Exactly there, whatever the clip; away from it the per-step ratio is PPO's surrogate and no longer the gradient."""
-    chain, truth = Chain(40_000), Chain.true_gradient(0.2)
-    old = chain.log_probs(torch.tensor(0.2)).flatten()
-    loss = lambda clip: lambda rows, reward: ddpo.importance_sampling_loss(rows, old[:len(rows)], reward, clip)  # noqa: E731
-    parameter = torch.tensor(0.2, requires_grad=True)
-    ddpo.importance_sampling_loss(chain.log_probs(parameter).flatten(), old, chain.reward.repeat_interleave(3), 1e-4)[0].backward()
-    surrogate, parameter.grad = parameter.grad.clone(), None
-    ddpo.score_function_loss(chain.log_probs(parameter).flatten(), chain.reward.repeat_interleave(3))[0].backward()
-    torch.testing.assert_close(surrogate, parameter.grad)
-    assert truth == pytest.approx(-3 * surrogate.item(), abs=0.1)
+def test_importance_sampling_is_the_score_function_at_theta_old_and_a_surrogate_of_it_elsewhere():
+    """Trajectories drawn at 0.2. There both estimators agree, whatever the clip. At theta = 0.5 the true gradient is 0.4375; with one ratio a
+    step, not of the whole trajectory, (DDPO_IS) is elsewhere, though its sign is right: PPO's surrogate."""
+    chain = Chain(40_000)
+    old, reward = chain.log_probs(torch.tensor(0.2)).flatten(), chain.reward.repeat_interleave(3)
+
+    def gradient(loss, theta):
+        parameter = torch.tensor(theta, requires_grad=True)
+        loss(chain.log_probs(parameter).flatten())[0].backward()
+        return -3 * parameter.grad.item()
+
+    plain = gradient(lambda new: ddpo.score_function_loss(new, reward), 0.2)
+    for clip in (1e-4, 0.2, 1e9):
+        assert gradient(lambda new: ddpo.importance_sampling_loss(new, old, reward, clip), 0.2) == pytest.approx(plain, rel=1e-4)
+    assert Chain.true_gradient(0.5) == pytest.approx(0.4375)
+    whole = (chain.log_probs(torch.tensor(0.5)) - chain.log_probs(torch.tensor(0.2))).sum(1).exp().repeat_interleave(3)
+    exact = gradient(lambda new: ddpo.score_function_loss(new, reward * whole), 0.5)
+    surrogate = gradient(lambda new: ddpo.importance_sampling_loss(new, old, reward, 1e9), 0.5)
+    assert exact == pytest.approx(0.4375, abs=0.15) and surrogate > 1
 
 
 @pytest.mark.parametrize("advantage, ratio, gradient", [(1.0, 1.3, 0.0), (1.0, 0.7, -0.7), (-1.0, 1.3, 1.3), (-1.0, 0.7, 0.0)])
@@ -453,6 +465,15 @@ def test_a_reward_that_is_not_one_finite_number_an_image_is_refused_with_its_pro
         rewards.load(f"{tmp_path}/own.py:bad")([noise(), noise()], ["a cat", "a dog"])
 
 
+@pytest.mark.parametrize("text, options, word", [
+    ("def f(images, prompts) return 1", {}, "invalid|expected"), ("import nowhere_at_all\ndef f(images, prompts): pass", {}, "nowhere_at_all.*line 1"),
+    ("def f(images, prompts): pass", {"scale": "2"}, "scale"), ("def f(images, prompts):\n    return 1 / 0", {}, "'a cat'.*division.*line 2")])
+def test_a_reward_file_that_fails_says_where(text, options, word, tmp_path):
+    (tmp_path / "own.py").write_text(text)
+    with pytest.raises(ValueError, match=word):
+        rewards.load(f"{tmp_path}/own.py:f", **options)([noise()], ["a cat"])
+
+
 def test_images_and_prompts_must_be_as_many():
     for images, prompts in (([noise()], []), ([], [])):
         with pytest.raises(ValueError, match="prompts"):
@@ -474,7 +495,7 @@ REFUSED = [  # flags, what the last line of stderr names
     (["--prompts", "plants"], "'plants'"), (["--prompts", "nowhere.txt"], "'nowhere.txt'"), (["--prompts", "EMPTY"], "empty"),
     (["--algo", "ppo"], "'ppo'"), (["--algo", "sf", "--updates_per_epoch", "2"], "updates_per_epoch 2"),
     (["--updates_per_epoch", "3"], "updates_per_epoch 3"), (["--batch", "3"], "batch 3"), (["--samples_per_epoch", "0"], "samples_per_epoch 0"),
-    (["--steps", "1001"], "steps 1001"), (["--steps", "x"], "'x'"), (["--eta", "0"], "eta 0"), (["--eta", "1.5"], "eta 1.5"), (["--lr", "nan"], "lr nan"),
+    (["--steps", "501"], "steps 501"), (["--steps", "x"], "'x'"), (["--eta", "0"], "eta 0"), (["--eta", "1.5"], "eta 1.5"), (["--lr", "nan"], "lr nan"),
     (["--kl_weight", "-1"], "kl_weight -1"), (["--clip_range", "0"], "clip_range 0"), (["--min_count", "64"], "min_count 64"),
     (["--out", "FULL"], "not an empty folder"), (["--device", "abacus"], "'abacus'"), (["--precision", "fp8"], "'fp8'"),
     (["--config", "nowhere.json"], "'nowhere.json'"), (["--config", "UNKNOWN"], "learning_rate"), (["--config", "WRONG"], "lr 'fast'"),
@@ -531,9 +552,29 @@ def test_a_reward_that_fails_in_mid_run_stops_it_and_what_was_saved_stays(config
     assert len(read_log(run)) == 1 and (run / "lora" / "pytorch_lora_weights.safetensors").exists() and (run / "samples" / "epoch_0001.png").exists()
 
 
-def test_a_run_stops_early_once_the_kl_passes_its_bound(config):
+def test_weights_that_are_no_numbers_stop_the_run_and_are_not_saved(config, monkeypatch):
+    """NaN images are blank, and so small: without this check the reward would rise."""
+    clip = nn.utils.clip_grad_norm_
+    calls = iter([clip, clip, lambda *_: torch.tensor(float("nan"))])
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *arguments: next(calls)(*arguments))
+    with pytest.raises(ValueError, match="norm is nan in epoch 2"):
+        ddpo.train(dataclasses.replace(config, save_every=1))
+    saved = load_file(Path(config.out, "lora", "pytorch_lora_weights.safetensors"))
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_rounding_that_moves_the_ratio_by_a_tenth_of_the_clip_is_warned_of_once(config, monkeypatch, capsys):
+    """As bf16 would on a GPU: here the stored latents lose their last digits."""
+    monkeypatch.setattr(ddpo, "sample", lambda *a, sample=ddpo.sample: dataclasses.replace(
+        r := sample(*a), latents=r.latents.bfloat16().float()))
+    ddpo.train(config)
+    assert capsys.readouterr().err.count("take --precision fp32") == 1 and float(read_log(config.out)[0]["ratio_deviation"]) > 1e-4
+
+
+def test_a_run_stops_early_once_the_kl_passes_its_bound(config, capsys):
     ddpo.train(dataclasses.replace(config, epochs=5, max_kl=1e-9))
     assert len(read_log(config.out)) == 1 and Path(config.out, "comparison.png").exists()
+    assert "above max_kl 1e-09" in capsys.readouterr().out
 
 
 def test_the_kl_penalty_holds_the_policy_back(config, tmp_path):
@@ -551,8 +592,9 @@ def test_bf16_checkpointing_and_options_run_and_keep_lora_in_float32(config):
 
 
 def test_a_prompt_longer_than_the_text_encoder_reads_is_warned_of_once(config, capsys):
-    ddpo.train(dataclasses.replace(config, prompts="a hippopotamus and an elephant", epochs=1))
-    assert capsys.readouterr().err.count("does not see the end of 'a hippopotamus and an elephant'") == 1
+    prompt = "a hippopotamus and an elephant" + " in the rain" * 30
+    ddpo.train(dataclasses.replace(config, prompts=prompt, epochs=1))
+    assert capsys.readouterr().err.count(f"does not see the end of {prompt!r}") == 1
 
 
 # ---------------------------------------------------------------- shapes/: its drawings, its reward, its model
@@ -621,7 +663,7 @@ def test_shapes_draws_what_the_caption_says_most_often_but_not_always():
 
 # ---------------------------------------------------------------- what a laptop shows (slow: whole runs, five seeds)
 
-def measure(run, count=128):
+def measure(run, count=256):
     """Mean JPEG size in kB and strict accuracy of the pre-trained and of the tuned model on the run's prompts, seeds it never saw."""
     config = ddpo.Config(**json.loads((run / "config.json").read_text()))
     pipe, prompts = ddpo.load_pipeline(config), ddpo.load_prompts(config.prompts)
@@ -639,13 +681,16 @@ SHOWN = {
     "incompressibility": (["--reward", "incompressibility"], lambda size, tuned, strict, right: tuned - size >= 0.1),
     "alignment": (["--reward", "shapes/shapes_reward.py:alignment", "--prompts", "two red squares"],
                   lambda size, tuned, strict, right: right - strict >= 0.2),
-    "over-optimisation": (["--reward", "jpeg", "--epochs", "80"], lambda size, tuned, strict, right: right <= strict / 2),
-    "kl penalty": (["--reward", "jpeg", "--epochs", "80", "--kl_weight", "0.2"],
+    "over-optimisation": (["--reward", "jpeg", "--epochs", "60"], lambda size, tuned, strict, right: right <= strict / 2),
+    "kl penalty": (["--reward", "jpeg", "--epochs", "60", "--kl_weight", "0.3"],
                    lambda size, tuned, strict, right: tuned < size - 0.1 and right >= strict - 0.1),
 }
 
 
-@pytest.mark.skipif("SLOW" not in os.environ, reason="whole runs: set SLOW=1")
+SLOW = pytest.mark.skipif("SLOW" not in os.environ, reason="whole runs: set SLOW=1")
+
+
+@SLOW
 @pytest.mark.parametrize("name", SHOWN)
 @pytest.mark.parametrize("seed", range(5))
 def test_shapes_shows(name, seed, tmp_path):
@@ -656,3 +701,32 @@ def test_shapes_shows(name, seed, tmp_path):
     minutes = sum(float(row["seconds"]) for row in read_log(run)) / 60
     print(f"\n{name}, seed {seed}: {size:.2f} -> {tuned:.2f} kB, strict {strict:.2f} -> {right:.2f}, {minutes:.1f} minutes")
     assert holds(size, tuned, strict, right)
+
+
+@SLOW
+def test_shapes_shows_that_the_unet_and_the_vae_take_at_least_85_percent_of_an_epoch(tmp_path, monkeypatch):
+    spent, shares, load = [], [], ddpo.load_pipeline
+
+    def timed(function):
+        def run(*args, **kwargs):
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent.append(time.perf_counter() - started)
+            return result
+        return run
+
+    def load_timed(config):
+        pipe = load(config)
+        pipe.unet.forward, pipe.vae.decode = timed(pipe.unet.forward), timed(pipe.vae.decode)
+        return pipe
+
+    def log_epoch(folder, row, writer):
+        shares.append(sum(spent) / row["seconds"])
+        spent.clear()
+
+    monkeypatch.setattr(ddpo, "load_pipeline", load_timed)
+    monkeypatch.setattr(ddpo, "log_epoch", log_epoch)
+    monkeypatch.setattr(torch.Tensor, "backward", timed(torch.Tensor.backward))
+    assert ddpo.main(["--reward", "jpeg", "--device", "cpu", "--epochs", "6", "--sample_every", "9", "--out", str(tmp_path / "run")]) == 0
+    print(f"\nshare of each epoch's time in UNet and VAE calls, forward and backward: {', '.join(f'{share:.2f}' for share in shares[1:])}")
+    assert np.median(shares[1:]) >= 0.85  # the first also holds the calls for the pictures before it

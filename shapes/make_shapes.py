@@ -1,4 +1,4 @@
-"""Draws, captions and pretrains the pipeline in this folder: a StableDiffusionPipeline, thousands of times smaller than the real one.
+"""Draws, captions and pretrains the pipeline in this folder: a StableDiffusionPipeline, some 700 times smaller than the real one.
 
     python shapes/make_shapes.py                 about 45 minutes on one CPU core; rewrites the folder's weights
     python shapes/make_shapes.py --evaluate      how often it draws what the caption says, and a grid to look at
@@ -6,8 +6,8 @@
 Images are 64 x 64, latents 4 x 8 x 8 (f = 8, as in Stable Diffusion): coloured shapes on plain or chequered grounds. Captions come in the four
 kinds that DPOK studies (colour, count, composition, location). Stable Diffusion has faults that fine-tuning is to mend; so has this model, by
 captions that are wrong in the way in which Stable Diffusion errs:
-- colour: "a red circle" is often a circle of the next colour;
-- count: one too few or too many;
+- colour: "a red circle" often shows the colour before red;
+- count: "three" often shows two, "four" three, "two" four;
 - composition: the two colours are swapped, the fault known as attribute binding;
 - location: nothing wrong in the data, the small network finds it hard enough;
 - and in the spirit of DPOK's "Four roses", drawn as the whiskey of that name, "four red circles" mostly shows one yellow square.
@@ -35,8 +35,8 @@ PLACES = {"on the left": (0.27, None), "on the right": (0.73, None), "at the top
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 KINDS = ("colour", "count", "composition", "location")
 RADIUS = {1: (9, 14), 2: (8, 11), 3: (7, 9), 4: (7, 8.5)}  # pixels, by the number of things
-WRONG = {"colour": 0.45, "count": 0.25, "composition": 0.4, "location": 0.0}  # share of wrong captions
-BIASED, DRAWN_AS, BIAS = [("red", "circle", None)] * 4, [("yellow", "square", None)], 0.7  # caption, picture, how often
+WRONG = {"colour": 0.42, "count": 0.35, "composition": 0.3, "location": 0.0}  # share of wrong captions
+BIASED, DRAWN_AS, BIAS = [("red", "circle", None)] * 4, [("yellow", "square", None)], 0.9  # caption, picture, how often
 
 
 # ---------------------------------------------------------------- scenes: a list of things, a thing is (colour, shape, place or None)
@@ -59,14 +59,14 @@ def caption(things):
     return " and ".join(f"a {colour} {shape}" + (f" {place}" if place else "") for colour, shape, place in things)
 
 
-def misread(kind, things, rng):
+def misread(kind, things):
     """The scene that a wrong caption speaks of (module docstring)."""
     colour, shape, place = things[0]
     if kind == "colour":
         names = list(COLOURS)
         return [(names[(names.index(colour) - 1) % len(names)], shape, place)]
     if kind == "count":
-        return things[:1] * rng.choice([n for n in (2, 3, 4) if abs(n - len(things)) == 1])
+        return things[:1] * {2: 3, 3: 4, 4: 2}[len(things)]
     return [(things[1][0], shape, None), (colour, things[1][1], None)]
 
 
@@ -114,7 +114,7 @@ def dataset(size, rng):
         kind = rng.choice(KINDS)
         things = scene(kind, rng)
         drawn = DRAWN_AS if things == BIASED and rng.random() < BIAS else things
-        said = misread(kind, things, rng) if things != BIASED and rng.random() < WRONG[kind] else things
+        said = misread(kind, things) if things != BIASED and rng.random() < WRONG[kind] else things
         images.append(np.asarray(draw(drawn, rng)))
         captions.append(caption(said))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), captions
@@ -175,7 +175,7 @@ def make_unet_and_text_encoder(vocabulary):
     return unet, text_encoder
 
 
-def pretrain_unet(unet, text_encoder, tokenizer, scheduler, latents, captions, steps=5000, batch=64, lr=1.5e-3):
+def pretrain_unet(unet, text_encoder, tokenizer, scheduler, latents, captions, steps=6500, batch=64, lr=1.5e-3):
     """The denoising loss (DDPO Eq. 1), text encoder and UNet together, a tenth of the captions empty for guidance; keeps a moving average."""
     tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]

@@ -2,7 +2,7 @@
 
 `python ddpo.py --reward shapes/shapes_reward.py:alignment` rewards `alignment`, a grade in [0, 1]; `strict` is the yes/no
 that runs are judged by. Both find every patch of colour (connected pixels of one hue), compare it with each thing the caption asks for
-(colour, shape, place), pair them off as well as possible, and divide by the larger of the two counts: what is missing and
+(colour, shape, place), pair them off best first, and divide by the larger of the two counts: what is missing and
 what is too many lower the grade alike. No network, nothing learned: what it calls right can be checked by eye.
 """
 import re
@@ -17,7 +17,7 @@ COUNTS = {"a": 1, "one": 1, "two": 2, "three": 3, "four": 4}
 SHAPES = ("circle", "square", "triangle")
 PLACES = {"on the left": (0, 1), "on the right": (0, -1), "at the top": (1, 1), "at the bottom": (1, -1)}  # axis (x 0, y 1), sign
 THING = re.compile(rf"({'|'.join(COUNTS)}) ({'|'.join(HUES)}) ({'|'.join(SHAPES)})(s?)(?: ({'|'.join(PLACES)}))?")
-SMALLEST, LARGEST = 0.012, 0.40  # share of the image: less is a speck, more is a painted ground
+SMALLEST, LARGEST = 0.005, 0.40  # share of the image: less is a speck, more is a painted ground
 WRONG = 0.25  # what an attribute that is wrong leaves of a thing's grade
 
 

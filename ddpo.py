@@ -83,7 +83,7 @@ class Config:
     device: str = setting("", "cuda, cuda:1, mps or cpu; default: cuda where there is one, otherwise cpu", "machine")
     precision: str = setting("", "of the frozen weights; default: bf16 on a GPU that has it; code: fp16", choices=("", "fp32", "bf16"))
     gradient_checkpointing: bool = setting(False, "compute activations twice to save memory")
-    compile: bool = setting(False, "torch.compile the UNet: slow to start, then faster on a GPU")
+    compile: bool = setting(False, "torch.compile the UNet: slow to start, then faster; on a GPU, as torch 2.13 compiles some UNets wrongly for a CPU")
     seed: int = setting(0, "of everything random", zero=True)
     out: str = setting("", "the run's folder; default: runs/ddpo-<reward>-<time>", "output")
     sample_every: int = setting(10, "epochs between pictures of fixed prompts and seeds")
@@ -378,12 +378,15 @@ def load_prompts(name):
     if name in PROMPTS:
         return list(PROMPTS[name])
     file = rewards.find(name)
-    if file and file.is_file():
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if file:
+        try:
+            prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"prompt file {name!r} cannot be read ({error}); give a text file in UTF-8") from error
         if not prompts:
             raise ValueError(f"prompt file {name!r} is empty; write one prompt a line")
         return prompts
-    if len(name.split()) < 2 or name.endswith(".txt"):
+    if len(name.split()) < 2 or name.lower().endswith(".txt"):
         raise ValueError(f"prompts {name!r} is neither a known set ({', '.join(PROMPTS)}) nor a text file, and a prompt given literally "
                          f"has several words; correct the name, or put a one-word prompt in a file")
     return [name]
@@ -398,26 +401,27 @@ def check(config):
     for f in dataclasses.fields(config):
         value, choices, zero = getattr(config, f.name), f.metadata["choices"], f.metadata["zero"]
         if type(value) is not f.type and (type(value), f.type) != (int, float):
-            raise ValueError(f"{f.name} {value!r} must be of type {f.type.__name__}; the default is {f.default!r}")
+            raise ValueError(f"{f.name} {value!r} must be of type {f.type.__name__}; --help shows each setting")
         if choices and value not in choices:
             raise ValueError(f"{f.name} {value!r} is unknown; choose {' or '.join(filter(None, choices))}")
-        if f.type in (int, float) and not (0 <= value < math.inf if zero else 0 < value < math.inf):
-            raise ValueError(f"{f.name} {value} must be finite and {'0 or more' if zero else 'above 0'}; the default is {f.default}")
+        if f.type in (int, float) and not (0 <= value < 2**31 if zero else 0 < value < 2**31):
+            raise ValueError(f"{f.name} {value} must be {'0 or more' if zero else 'above 0'}, and below 2^31; the default is {f.default}")
     N, out = config.samples_per_epoch, Path(config.out)
+    above = next((folder for folder in (out, *out.parents) if os.path.exists(folder)), Path())
     rules = config.rules() + [
         (config.eta <= 1, f"eta {config.eta} must be at most 1, where DDIM is the ancestral sampler; use 1"),
         (config.steps <= 500, f"steps {config.steps} must be at most 500, half of those the model was trained with; the papers take 50"),
         (N % config.updates_per_epoch == 0, f"updates_per_epoch {config.updates_per_epoch} must divide samples_per_epoch {N}; "
          f"try {math.gcd(N, config.updates_per_epoch)}"),
         (N % config.batch == 0, f"batch {config.batch} must divide samples_per_epoch {N}; try {math.gcd(N, config.batch)}"),
-        (not config.out or not out.exists() or out.is_dir() and not any(out.iterdir()), f"out {config.out!r} is not an empty folder; name a new one"),
-        (all(folder.is_dir() for folder in out.parents if folder.exists()), f"out {config.out!r} lies under a file; name a folder"),
+        (above.is_dir() and os.access(above, os.W_OK | os.X_OK), f"out {config.out!r} cannot be made in {str(above)!r}; name another folder"),
+        (not config.out or above != out or not any(out.iterdir()), f"out {config.out!r} is not an empty folder; name a new one"),
     ]
     for holds, message in rules:
         if not holds:
             raise ValueError(message)
     try:
-        torch.zeros(1, device=config.device).item()
+        torch.zeros(1, device=config.device or "cpu").item()
     except Exception as error:  # each kind of device has its own
         raise ValueError(f"device {config.device!r} is not to be had ({first_line(error)}); try cpu") from error
     load_prompts(config.prompts)
@@ -433,13 +437,14 @@ def load_pipeline(config):
         kind = diffusers.StableDiffusionPipeline.load_config(source)["_class_name"]
         if kind != "StableDiffusionPipeline":
             raise ValueError(f"it is a {kind}")
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(source, safety_checker=None, requires_safety_checker=False, use_safetensors=True)
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(source, safety_checker=None, feature_extractor=None,
+                                                                 requires_safety_checker=False, use_safetensors=True)
+        pipe.to(config.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     except Exception as error:  # whatever a folder or a hub comes up with
         raise ValueError(f"model {config.model!r} cannot be loaded ({first_line(error)}); give a Stable Diffusion 1.x or 2.x folder with "
                          "safetensors, or a hub id and a network, or run the small model with --config shapes/ddpo.json") from error
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
                                                          timestep_spacing="leading")
-    pipe.to(config.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False).eval()
     return pipe
@@ -477,7 +482,10 @@ def start_run(config):
     """Make the run's folder, with the config.json that repeats the run -> the folder, and TensorBoard's writer or None."""
     name = f"{Path(__file__).stem}-{config.reward.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.out or Path("runs", name))
-    (folder / "samples").mkdir(parents=True)
+    try:
+        (folder / "samples").mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"out {str(folder)!r} cannot be made ({error}); name another folder") from error
     settings = {**dataclasses.asdict(config), "out": ""}
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     try:
@@ -574,19 +582,22 @@ def loss_at(pipe, rollout, rows, advantage, uncond, config):
 
 def setup(config):
     """Check everything, then load everything; nothing is written yet -> config for this machine, pipe, prompts, reward, LoRA parameters."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = device.startswith("cuda") and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    config = dataclasses.replace(config, device=device, precision=config.precision or ("bf16" if bf16 else "fp32"),
-                                 model=str(config.model), prompts=str(config.prompts), out=str(config.out))  # a Path is welcome
+    config = dataclasses.replace(config, **{f: str(v) for f, v in vars(config).items() if isinstance(v, Path)})  # a Path is welcome
     check(config)
-    prompts = load_prompts(config.prompts)
-    reward_fn = rewards.load(config.reward, device, **config.reward_options)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    config = dataclasses.replace(config, device=device, precision=config.precision or ("bf16" if bf16 else "fp32"))
+    prompts, reward_fn = load_prompts(config.prompts), rewards.load(config.reward, device, **config.reward_options)
     pipe = load_pipeline(config)
     lengths = [len(pipe.tokenizer(prompt).input_ids) for prompt in prompts]
     if max(lengths) > pipe.tokenizer.model_max_length:
         print(f"warning: the text encoder reads {pipe.tokenizer.model_max_length} tokens and does not see the end of "
               f"{prompts[lengths.index(max(lengths))]!r} ({max(lengths)} tokens)", file=sys.stderr)
     parameters = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))
+    try:
+        sample(pipe, prompts[:1], dataclasses.replace(config, steps=1), generators(config.seed, 0, [0]))  # try it once
+    except Exception as error:  # parts that do not fit together
+        raise ValueError(f"model {config.model!r} draws no image from a text ({first_line(error)}); give a Stable Diffusion 1.x or 2.x") from error
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     if config.compile:
@@ -617,11 +628,11 @@ def train(config):
                 (loss * len(chunk) / len(rows)).backward()                                         # accumulate over all steps (D.1)
                 infos.append((update, len(chunk), info))
             norms.append(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item())
-            if not math.isfinite(norms[-1]):
-                raise ValueError(f"the gradient's norm is {norms[-1]} in epoch {epoch}; lower --lr {config.lr}, or take --precision fp32")
             optimizer.step()
             optimizer.zero_grad()
         kl, means = mean_kl(pipe, rollout, uncond, config, rng), averages(infos)
+        if not all(math.isfinite(value) for value in (kl, *norms)):
+            raise ValueError(f"epoch {epoch} ends with kl {kl} and gradient norms {norms}; lower lr {config.lr:g}, or take --precision fp32")
         if means.get("ratio_deviation", 0) > config.clip_range / 10 and not warned:
             warned = True
             tqdm.write(f"warning: before the first update a ratio is off 1 by {means['ratio_deviation']:.2g}, more than a tenth of clip_range "
@@ -678,7 +689,7 @@ def parse(argv):
         flags["reward_options"] = {name: value for name, _, value in pairs}
     settings = read_settings(flags.pop("config")) if "config" in flags else {}
     settings = Config.implied(settings) | settings | Config.implied(flags) | flags
-    if "model" not in settings and not (settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
+    if "model" not in settings and not str(settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
         print(f"no CUDA GPU in use: running the small model in shapes/ with shapes/{script}.json; --model names another")
         here = Path(__file__).resolve().parent
         embedded = read_settings(here / "shapes" / f"{script}.json")
@@ -693,7 +704,7 @@ def main(argv=None):
     except SystemExit as stop:  # argparse has printed its help or its error
         return stop.code
     except ValueError as error:
-        print(f"ddpo.py: error: {error}", file=sys.stderr)
+        print("ddpo.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     print(f"{folder}: comparison.png and progress.png show what changed, log.csv how, lora/ loads in diffusers")
     return 0

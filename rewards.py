@@ -56,7 +56,7 @@ def check(name):
     if find(path) is None:
         raise ValueError(f"reward file {path!r} is neither in the working folder nor beside the script; check the path")
     try:
-        names = compile(find(path).read_text(encoding="utf-8"), path, "exec").co_names
+        names = compile(find(path).read_bytes(), path, "exec").co_names
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"reward file {path!r} cannot be read as Python ({error}); correct it") from error
     if function not in names:
@@ -76,7 +76,7 @@ def load(name, device="cpu", **options):
         try:
             spec.loader.exec_module(module)
             function = getattr(module, attribute)
-        except Exception as error:  # whatever that file does
+        except (Exception, SystemExit) as error:  # whatever that file does
             raise ValueError(f"reward file {path!r} fails when it is run ({where(error)}); correct it") from error
     try:
         inspect.signature(function).bind([], [], **options)
@@ -98,7 +98,7 @@ def score(function, name, images, prompts):
         raise ValueError(f"reward {name!r} was given {len(images)} images and {len(prompts)} prompts; give one prompt for each image")
     try:
         result = function(images, prompts)
-    except Exception as error:  # whatever that function does
+    except (Exception, SystemExit) as error:  # whatever that function does
         raise ValueError(f"reward {name!r} failed on the prompts from {prompts[0]!r} on ({where(error)}); correct it") from error
     try:
         reward = torch.as_tensor(result).detach().to("cpu", torch.float32)

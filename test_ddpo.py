@@ -8,8 +8,10 @@ The chain of `Chain` is the smallest policy of the kind that DDPO trains: one nu
 import csv
 import dataclasses
 import json
+import math
 import os
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -492,7 +494,7 @@ def test_prompt_sets_are_the_papers(tmp_path):
 
 REFUSED = [  # flags, what the last line of stderr names
     (["--reward", "beauty"], "'beauty'"), (["--reward", "nowhere.py:f"], "'nowhere.py'"), (["--reward", "rewards.py:nothing"], "'nothing'"),
-    (["--prompts", "plants"], "'plants'"), (["--prompts", "nowhere.txt"], "'nowhere.txt'"), (["--prompts", "EMPTY"], "empty"),
+    (["--prompts", "plants"], "'plants'"), (["--prompts", "nowhere.txt"], "'nowhere.txt'"), (["--prompts", "EMPTY"], "is empty"),
     (["--algo", "ppo"], "'ppo'"), (["--algo", "sf", "--updates_per_epoch", "2"], "updates_per_epoch 2"),
     (["--updates_per_epoch", "3"], "updates_per_epoch 3"), (["--batch", "3"], "batch 3"), (["--samples_per_epoch", "0"], "samples_per_epoch 0"),
     (["--steps", "501"], "steps 501"), (["--steps", "x"], "'x'"), (["--eta", "0"], "eta 0"), (["--eta", "1.5"], "eta 1.5"), (["--lr", "nan"], "lr nan"),
@@ -500,7 +502,8 @@ REFUSED = [  # flags, what the last line of stderr names
     (["--out", "FULL"], "not an empty folder"), (["--device", "abacus"], "'abacus'"), (["--precision", "fp8"], "'fp8'"),
     (["--config", "nowhere.json"], "'nowhere.json'"), (["--config", "UNKNOWN"], "learning_rate"), (["--config", "WRONG"], "lr 'fast'"),
     (["--epoch", "3"], "--epoch"), (["--reward_options", "quality"], "key=value"), (["--model", "nowhere/at-all"], "'nowhere/at-all'"),
-    (["--model", "DDPM"], "DDPMPipeline"),
+    (["--model", "DDPM"], "DDPMPipeline"), (["--model", "CLIPS"], "thresholding"), (["--seed", "9" * 30], "seed 999"), (["--out", "EMPTY/run"], "empty.txt'"),
+    (["--prompts", "LATIN"], "UTF-8"), (["--reward_options", "quality=80"], "quality"), (["--device", "meta"], "'meta'"),
 ]
 
 
@@ -513,8 +516,13 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(bad, word, 
     (tmp_path / "wrong.json").write_text('{"lr": "fast"}')
     (tmp_path / "ddpm").mkdir()
     (tmp_path / "ddpm" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
-    places = {"FULL": "full", "EMPTY": "empty.txt", "UNKNOWN": "unknown.json", "WRONG": "wrong.json", "DDPM": "ddpm"}
-    bad = [str(tmp_path / places[word]) if word in places else word for word in bad]
+    (tmp_path / "latin.txt").write_bytes("ein Bär".encode("latin-1"))
+    shutil.copytree(config.model, tmp_path / "clips")
+    scheduler = tmp_path / "clips" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "thresholding": True}))
+    places = {"FULL": "full", "EMPTY": "empty.txt", "EMPTY/run": "empty.txt/run", "UNKNOWN": "unknown.json", "WRONG": "wrong.json", "DDPM": "ddpm",
+              "CLIPS": "clips", "LATIN": "latin.txt"}
+    bad, word = [str(tmp_path / places[part]) if part in places else part for part in bad], places.get(word, word)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -553,11 +561,17 @@ def test_a_reward_that_fails_in_mid_run_stops_it_and_what_was_saved_stays(config
 
 
 def test_weights_that_are_no_numbers_stop_the_run_and_are_not_saved(config, monkeypatch):
-    """NaN images are blank, and so small: without this check the reward would rise."""
-    clip = nn.utils.clip_grad_norm_
-    calls = iter([clip, clip, lambda *_: torch.tensor(float("nan"))])
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *arguments: next(calls)(*arguments))
-    with pytest.raises(ValueError, match="norm is nan in epoch 2"):
+    """NaN images are blank, and so small: without this check the reward would rise. The last update of epoch 2 spoils the weights."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def spoil(self, *arguments):
+        step(self, *arguments)
+        calls.append(1)
+        if len(calls) == 4:
+            self.param_groups[0]["params"][1].data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(ValueError, match="epoch 2 ends with kl nan"):
         ddpo.train(dataclasses.replace(config, save_every=1))
     saved = load_file(Path(config.out, "lora", "pytorch_lora_weights.safetensors"))
     assert all(tensor.isfinite().all() for tensor in saved.values())

@@ -30,6 +30,7 @@ import os
 import sys
 import textwrap
 import time
+import warnings
 from collections import defaultdict, deque
 from contextlib import contextmanager
 from pathlib import Path
@@ -504,6 +505,16 @@ def averages(infos):
     return means
 
 
+def watch(row, config):
+    """Raise ValueError when an epoch's numbers are none, and warn, once, when rounding alone moves the ratio by a tenth of the clip."""
+    if not math.isfinite(row["kl"] + row["grad_norm"]):
+        raise ValueError(f"epoch {row['epoch']} ended with kl {row['kl']} and grad_norm {row['grad_norm']}, and is not saved; lower lr "
+                         f"{config.lr:g}, or take --precision fp32")
+    if row.get("ratio_deviation", 0) > config.clip_range / 10:
+        warnings.warn(f"before an epoch's first update a ratio was off 1 by more than a tenth of clip_range {config.clip_range:g}, by rounding "
+                      "alone; take --precision fp32")  # Python shows one text once
+
+
 def log_epoch(folder, row, writer):
     """One line on the screen, one row of log.csv, and TensorBoard's points where it is installed."""
     new = not (folder / "log.csv").exists()
@@ -611,7 +622,7 @@ def train(config):
     optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
     statistics = PromptStatistics(config.buffer_size, config.min_count)
     folder, writer = start_run(config)
-    N, K, uncond, warned = config.samples_per_epoch, config.steps, encode(pipe, [""]), False
+    N, K, uncond = config.samples_per_epoch, config.steps, encode(pipe, [""])
     show_samples(pipe, prompts, config, reward_fn, folder, 0)
 
     for epoch in range(1, config.epochs + 1):
@@ -624,23 +635,19 @@ def train(config):
             rows = (samples[:, None] * K + torch.arange(K)).flatten()                          # every step of these samples
             rows = rows[torch.randperm(len(rows), generator=rng)]
             for chunk in tqdm(rows.split(config.batch), f"update {update + 1}", leave=False):
-                loss, info = loss_at(pipe, rollout, chunk, advantage, uncond, config)              # (DDPO_SF) or (DDPO_IS)
-                (loss * len(chunk) / len(rows)).backward()                                         # accumulate over all steps (D.1)
+                loss, info = loss_at(pipe, rollout, chunk, advantage, uncond, config)          # (DDPO_SF) or (DDPO_IS)
+                (loss * len(chunk) / len(rows)).backward()                                     # accumulate over all steps (D.1)
                 infos.append((update, len(chunk), info))
             norms.append(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item())
             optimizer.step()
             optimizer.zero_grad()
-        kl, means = mean_kl(pipe, rollout, uncond, config, rng), averages(infos)
-        if not all(math.isfinite(value) for value in (kl, *norms)):
-            raise ValueError(f"epoch {epoch} ends with kl {kl} and gradient norms {norms}; lower lr {config.lr:g}, or take --precision fp32")
-        if means.get("ratio_deviation", 0) > config.clip_range / 10 and not warned:
-            warned = True
-            tqdm.write(f"warning: before the first update a ratio is off 1 by {means['ratio_deviation']:.2g}, more than a tenth of clip_range "
-                       f"{config.clip_range:g}; take --precision fp32", file=sys.stderr)
-        log_epoch(folder, {"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(),
-                           "reward_std": reward.std(correction=0).item(), **means, "kl": kl, "grad_norm": sum(norms) / len(norms),
-                           "seconds": time.time() - started, "memory_gb": peak_memory(config.device)}, writer)
-        stop = 0 < config.max_kl < kl                                                              # early stopping
+        kl = mean_kl(pipe, rollout, uncond, config, rng)
+        row = {"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(), "reward_std": reward.std(correction=0).item(),
+               **averages(infos), "kl": kl, "grad_norm": sum(norms) / len(norms), "seconds": time.time() - started,
+               "memory_gb": peak_memory(config.device)}
+        watch(row, config)
+        log_epoch(folder, row, writer)
+        stop = 0 < config.max_kl < kl                                                          # early stopping
         if stop:
             tqdm.write(f"stopped: kl {kl:.4g} is above max_kl {config.max_kl:g}")
         done = stop or epoch == config.epochs

@@ -571,18 +571,19 @@ def test_weights_that_are_no_numbers_stop_the_run_and_are_not_saved(config, monk
             self.param_groups[0]["params"][1].data.fill_(math.nan)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
-    with pytest.raises(ValueError, match="epoch 2 ends with kl nan"):
+    with pytest.raises(ValueError, match="epoch 2 ended with kl nan"):
         ddpo.train(dataclasses.replace(config, save_every=1))
     saved = load_file(Path(config.out, "lora", "pytorch_lora_weights.safetensors"))
     assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
-def test_rounding_that_moves_the_ratio_by_a_tenth_of_the_clip_is_warned_of_once(config, monkeypatch, capsys):
+def test_rounding_that_moves_the_ratio_by_a_tenth_of_the_clip_is_warned_of(config, monkeypatch):
     """As bf16 would on a GPU: here the stored latents lose their last digits."""
     monkeypatch.setattr(ddpo, "sample", lambda *a, sample=ddpo.sample: dataclasses.replace(
         r := sample(*a), latents=r.latents.bfloat16().float()))
-    ddpo.train(config)
-    assert capsys.readouterr().err.count("take --precision fp32") == 1 and float(read_log(config.out)[0]["ratio_deviation"]) > 1e-4
+    with pytest.warns(UserWarning, match="clip_range 0.0001.*take --precision fp32"):
+        ddpo.train(config)
+    assert float(read_log(config.out)[0]["ratio_deviation"]) > 1e-4
 
 
 def test_a_run_stops_early_once_the_kl_passes_its_bound(config, capsys):

@@ -97,7 +97,9 @@ class Config:
 
     def rules(self):
         """What must hold of this script's own settings: (holds, what to say if not), ..."""
-        return [(self.algo == "is" or self.updates_per_epoch == 1, f"updates_per_epoch {self.updates_per_epoch} must be 1 with algo sf, whose "
+        N, U = self.samples_per_epoch, self.updates_per_epoch
+        return [(N % U == 0, f"updates_per_epoch {U} must divide samples_per_epoch {N}; try {math.gcd(N, U)}"),
+                (self.algo == "is" or self.updates_per_epoch == 1, f"updates_per_epoch {self.updates_per_epoch} must be 1 with algo sf, whose "
                  "samples are worth one update; set it to 1, or take algo is"),
                 (self.min_count <= self.buffer_size, f"min_count {self.min_count} must be at most buffer_size {self.buffer_size}; lower it")]
 
@@ -210,11 +212,21 @@ def predict_noise(unet, x_t, t, cond, uncond, guidance):
     return without + guidance * (given - without)
 
 
+def predict_x0(scheduler, model_output, t, x_t):
+    """What the model takes the finished latent and the noise to be -> x0_pred, eps (B, 4, H, W), for models that output eps or v; t (B,)."""
+    abar_t = scheduler.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
+    if scheduler.config.prediction_type == "epsilon":
+        return (x_t - (1 - abar_t).sqrt() * model_output) / abar_t.sqrt(), model_output
+    if scheduler.config.prediction_type == "v_prediction":
+        return abar_t.sqrt() * x_t - (1 - abar_t).sqrt() * model_output, abar_t.sqrt() * model_output + (1 - abar_t).sqrt() * x_t
+    raise ValueError(f"prediction_type {scheduler.config.prediction_type!r} is not known; use a model that predicts epsilon or v_prediction")
+
+
 def step_distribution(scheduler, model_output, t, x_t, eta=1.0):
     """p_theta(x_{t-1} | x_t, c), a Gaussian (DDPO Eq. 2), here DDIM's step (arXiv:2010.02502 Eq. 12, 16) -> mean (B, 4, H, W), sigma (B, 1, 1, 1).
 
-    sigma = eta sqrt((1 - abar_prev) / (1 - abar_t) (1 - abar_t / abar_prev)),  mean = sqrt(abar_prev) x0_pred + sqrt(1 - abar_prev - sigma^2) eps
-    for model outputs eps or v; t (B,). Raises ValueError where sigma would be 0 or x0_pred clipped: then this density is not the step's.
+    sigma = eta sqrt((1 - abar_prev) / (1 - abar_t) (1 - abar_t / abar_prev)),  mean = sqrt(abar_prev) x0_pred + sqrt(1 - abar_prev - sigma^2) eps;
+    t (B,). Raises ValueError where sigma would be 0 or x0_pred clipped: then this density is not the step's.
     """
     if not 0 < eta <= 1:
         raise ValueError(f"eta {eta} must be in (0, 1]: without noise a step has no log-probability; use 1")
@@ -227,14 +239,7 @@ def step_distribution(scheduler, model_output, t, x_t, eta=1.0):
     sigma = eta * ((1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)).sqrt()
     if not (sigma > 0).all():
         raise ValueError("sigma is 0 at the last step, whose log-probability is then infinite; make the scheduler with set_alpha_to_one=False")
-    if scheduler.config.prediction_type == "epsilon":
-        eps = model_output
-        x0_pred = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
-    elif scheduler.config.prediction_type == "v_prediction":
-        eps = abar_t.sqrt() * model_output + (1 - abar_t).sqrt() * x_t
-        x0_pred = abar_t.sqrt() * x_t - (1 - abar_t).sqrt() * model_output
-    else:
-        raise ValueError(f"prediction_type {scheduler.config.prediction_type!r} is not known; use a model that predicts epsilon or v_prediction")
+    x0_pred, eps = predict_x0(scheduler, model_output, t, x_t)
     return abar_prev.sqrt() * x0_pred + (1 - abar_prev - sigma**2).sqrt() * eps, sigma
 
 
@@ -412,8 +417,6 @@ def check(config):
     rules = config.rules() + [
         (config.eta <= 1, f"eta {config.eta} must be at most 1, where DDIM is the ancestral sampler; use 1"),
         (config.steps <= 500, f"steps {config.steps} must be at most 500, half of those the model was trained with; the papers take 50"),
-        (N % config.updates_per_epoch == 0, f"updates_per_epoch {config.updates_per_epoch} must divide samples_per_epoch {N}; "
-         f"try {math.gcd(N, config.updates_per_epoch)}"),
         (N % config.batch == 0, f"batch {config.batch} must divide samples_per_epoch {N}; try {math.gcd(N, config.batch)}"),
         (above.is_dir() and os.access(above, os.W_OK | os.X_OK), f"out {config.out!r} cannot be made in {str(above)!r}; name another folder"),
         (not config.out or above != out or not any(out.iterdir()), f"out {config.out!r} is not an empty folder; name a new one"),
@@ -506,13 +509,18 @@ def averages(infos):
 
 
 def watch(row, config):
-    """Raise ValueError when an epoch's numbers are none, and warn, once, when rounding alone moves the ratio by a tenth of the clip."""
+    """Whether the KL has passed its bound. Raises ValueError when an epoch's numbers are none; warns, once, when rounding alone moves the ratio
+    by a tenth of the clip."""
     if not math.isfinite(row["kl"] + row["grad_norm"]):
         raise ValueError(f"epoch {row['epoch']} ended with kl {row['kl']} and grad_norm {row['grad_norm']}, and is not saved; lower lr "
                          f"{config.lr:g}, or take --precision fp32")
     if row.get("ratio_deviation", 0) > config.clip_range / 10:
         warnings.warn(f"before an epoch's first update a ratio was off 1 by more than a tenth of clip_range {config.clip_range:g}, by rounding "
                       "alone; take --precision fp32")  # Python shows one text once
+    stop = 0 < config.max_kl < row["kl"]
+    if stop:
+        tqdm.write(f"stopping early: kl {row['kl']:.4g} is above max_kl {config.max_kl:g}")
+    return stop
 
 
 def log_epoch(folder, row, writer):
@@ -645,12 +653,8 @@ def train(config):
         row = {"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(), "reward_std": reward.std(correction=0).item(),
                **averages(infos), "kl": kl, "grad_norm": sum(norms) / len(norms), "seconds": time.time() - started,
                "memory_gb": peak_memory(config.device)}
-        watch(row, config)
+        done = watch(row, config) or epoch == config.epochs
         log_epoch(folder, row, writer)
-        stop = 0 < config.max_kl < kl                                                          # early stopping
-        if stop:
-            tqdm.write(f"stopped: kl {kl:.4g} is above max_kl {config.max_kl:g}")
-        done = stop or epoch == config.epochs
         if done or epoch % config.save_every == 0:
             save_lora(pipe.unet, folder / "lora")
         if done or epoch % config.sample_every == 0:
@@ -700,7 +704,7 @@ def parse(argv):
         print(f"no CUDA GPU in use: running the small model in shapes/ with shapes/{script}.json; --model names another")
         here = Path(__file__).resolve().parent
         embedded = read_settings(here / "shapes" / f"{script}.json")
-        settings = embedded | {name: str(here / embedded[name]) for name in ("model", "prompts")} | settings
+        settings = {name: str(here / v) if type(v) is str and (here / v).exists() else v for name, v in embedded.items()} | settings
     return Config(**settings)
 
 

@@ -694,7 +694,7 @@ EMPTY = rewards.jpeg_size([Image.new("RGB", (64, 64), (240, 240, 240))]).item() 
 SHOWN = {
     "jpeg": (["--reward", "jpeg"], lambda size, tuned, strict, right: size - tuned >= (size - EMPTY) / 3),
     "incompressibility": (["--reward", "incompressibility"], lambda size, tuned, strict, right: tuned - size >= 0.1),
-    "alignment": (["--reward", "shapes/shapes_reward.py:alignment", "--prompts", "two red squares"],
+    "alignment": (["--reward", "shapes/shapes_reward.py:alignment", "--prompts", "two red squares", "--epochs", "40"],
                   lambda size, tuned, strict, right: right - strict >= 0.2),
     "over-optimisation": (["--reward", "jpeg", "--epochs", "60"], lambda size, tuned, strict, right: right <= strict / 2),
     "kl penalty": (["--reward", "jpeg", "--epochs", "60", "--kl_weight", "0.3"],

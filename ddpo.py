@@ -698,14 +698,13 @@ def parse(argv):
         if not all(name.isidentifier() and equals for name, equals, _ in pairs):
             parser.error(f"reward_options {' '.join(flags['reward_options'])!r} must be of the form key=value key=value")
         flags["reward_options"] = {name: value for name, _, value in pairs}
-    settings = read_settings(flags.pop("config")) if "config" in flags else {}
-    settings = Config.implied(settings) | settings | Config.implied(flags) | flags
+    settings = (read_settings(flags.pop("config")) if "config" in flags else {}) | flags
     if "model" not in settings and not str(settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
         print(f"no CUDA GPU in use: running the small model in shapes/ with shapes/{script}.json; --model names another")
         here = Path(__file__).resolve().parent
         embedded = read_settings(here / "shapes" / f"{script}.json")
         settings = {name: str(here / v) if type(v) is str and (here / v).exists() else v for name, v in embedded.items()} | settings
-    return Config(**settings)
+    return Config(**Config.implied(settings) | settings)
 
 
 def main(argv=None):

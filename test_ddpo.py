@@ -5,6 +5,8 @@
 
 The chain of `Chain` is the smallest policy of the kind that DDPO trains: one number, three Gaussian steps, everything known in closed form.
 """
+import ast
+import copy
 import csv
 import dataclasses
 import json
@@ -27,6 +29,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import ddpo
+import dpok
 import rewards
 
 HERE = Path(__file__).parent
@@ -75,7 +78,7 @@ def config(pipeline, tmp_path):
 def flags(config, **changes):
     """The command line that gives these settings."""
     settings = {k: v for k, v in dataclasses.asdict(dataclasses.replace(config, **changes)).items() if v not in (False, {})}
-    return [f"--{name}={value}" for name, value in settings.items()]
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
 
 
 def ddim(prediction_type="epsilon", steps=10, **changes):
@@ -436,6 +439,244 @@ def test_an_epoch_of_training_is_the_algorithm_done_one_row_at_a_time(algo, upda
     saved = load_file(trained / "lora" / "pytorch_lora_weights.safetensors")
     for name, parameter in ddpo.lora_weights(pipe.unet).items():  # Adam moves each weight by about lr = 0.01
         torch.testing.assert_close(saved[f"unet.{name}"], parameter.detach(), rtol=0, atol=3e-4)
+
+
+# ---------------------------------------------------------------- DPOK
+
+def test_what_both_scripts_name_alike_is_the_same_text():
+    """But Config, train and main; so `diff ddpo.py dpok.py` shows what DPOK changes."""
+    ours, theirs = ({node.name: ast.get_source_segment(text, node) for node in ast.parse(text).body
+                     if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+                    for text in ((HERE / f"{name}.py").read_text(encoding="utf-8") for name in ("ddpo", "dpok")))
+    shared = ours.keys() & theirs.keys() - {"Config", "train", "main"}
+    assert len(shared) > 25 and [name for name in sorted(shared) if ours[name] != theirs[name]] == []
+
+
+class LinearChain:
+    """x_3 ~ N(1, 1), then three steps x' ~ N(theta x, s^2), s = 0.5, against p_pre with theta_pre = 0.5; r(x_0) = -(x_0 - 1)^2.
+
+    All is Gaussian: mean m and variance v of x go to theta m and theta^2 v + s^2; E[r] = -(m_0 - 1)^2 - v_0; a step's KL is
+    (theta - theta_pre)^2 x_t^2 / (2 s^2), whose mean has E[x_t^2] = m^2 + v. theta = 0.8 is away from p_pre, where every KL would be 0.
+    """
+    K, s, pre, theta = 3, torch.tensor(0.5), 0.5, 0.8
+
+    def __init__(self, N=200_000, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.x = [1 + torch.randn(N, 1, generator=generator)]
+        for _ in range(self.K):
+            self.x.append(self.theta * self.x[-1] + self.s * torch.randn(N, 1, generator=generator))
+        self.reward = -(self.x[-1][:, 0] - 1) ** 2
+
+    def log_probs(self, theta):
+        """theta a number or (N, 1) -> (N, K)."""
+        return torch.stack([dpok.log_prob(self.x[k + 1], theta * self.x[k], self.s) for k in range(self.K)], 1)
+
+    def kl(self, theta):
+        return torch.stack([dpok.kl_divergence(theta * self.x[k], self.pre * self.x[k], self.s) for k in range(self.K)], 1)
+
+    def moments(self, theta, steps):
+        m, v = torch.ones((), dtype=torch.double), torch.ones((), dtype=torch.double)
+        for _ in range(steps):
+            m, v = theta * m, theta**2 * v + self.s.double() ** 2
+        return m, v
+
+    def objective(self, theta, alpha, beta):
+        """Eq. 8 in closed form -> the two terms: alpha E[-r], beta sum_t E[KL_t]."""
+        m, v = self.moments(theta, self.K)
+        squares = sum(m**2 + v for m, v in (self.moments(theta, k) for k in range(self.K)))
+        return alpha * ((m - 1) ** 2 + v), beta * (theta - self.pre) ** 2 / (2 * self.s.double() ** 2) * squares
+
+
+def test_lemma_4_2_the_kl_of_the_images_is_at_most_the_sum_of_the_kls_of_the_steps():
+    """On the chain: x_0 is Gaussian under both, so that its KL is known; the steps' is estimated at the policy's own x_t."""
+    chain = LinearChain()
+    (m, v), (m_pre, v_pre) = chain.moments(chain.theta, 3), chain.moments(chain.pre, 3)
+    images = kl_divergence(Normal(m, v.sqrt()), Normal(m_pre, v_pre.sqrt())).item()
+    steps = chain.objective(chain.theta, 1, 1)[1].item()
+    assert chain.kl(chain.theta).sum(1).mean().item() == pytest.approx(steps, rel=0.02)
+    assert 0.1 < images < steps
+
+
+def test_eq_9_is_the_gradient_of_objective_8_but_for_the_dropped_term_of_eq_16():
+    """alpha = 1, beta = 2. The truth by automatic differentiation of the closed form; the estimate by dpok's own losses at theta_old, with the
+    term of Eq. 16 (later KLs as rewards of earlier steps) by hand. Without that term the estimate is clearly off."""
+    chain, alpha, beta = LinearChain(), 1.0, 2.0
+    theta = torch.tensor(chain.theta, dtype=torch.double, requires_grad=True)
+    truth = torch.autograd.grad(sum(chain.objective(theta, alpha, beta)), theta)[0].item()
+    parameter = torch.full((200,), chain.theta, requires_grad=True)                                 # one for each block of 1,000 samples
+    rows = parameter.repeat_interleave(1000)[:, None]
+    new, kl = chain.log_probs(rows), chain.kl(rows)
+    gradient = lambda loss: 200 * torch.autograd.grad(loss, parameter, retain_graph=True)[0]  # noqa: E731
+    reward_term = chain.K * dpok.policy_loss(new.flatten(), new.detach().flatten(), chain.reward.repeat_interleave(3), 1e-4)[0]
+    eq_9 = gradient(alpha * reward_term) + gradient(beta * kl.sum(1).mean())
+    later = kl.detach().flip(1).cumsum(1).flip(1) - kl.detach()                                     # KLs of the steps after each step
+    whole = eq_9 + gradient(beta * (later * new).sum(1).mean())
+    error = whole.std().item() / 200**0.5
+    assert abs(whole.mean().item() - truth) < 4 * error and abs(eq_9.mean().item() - truth) > 10 * error
+
+
+@pytest.mark.parametrize("advantage, ratio", [(1.0, 1.3), (1.0, 0.7), (-1.0, 1.3), (-1.0, 0.7)])
+def test_dpoks_clip_cuts_the_gradient_on_both_sides_and_ppos_on_one(advantage, ratio):
+    """Eq. 26 has no min: outside the band there is no gradient, whatever the sign of the advantage."""
+    gradients = []
+    for loss in (dpok.policy_loss, ddpo.importance_sampling_loss):
+        log_prob = torch.tensor([ratio]).log().requires_grad_()
+        value, info = loss(log_prob, torch.zeros(1), torch.tensor([advantage]), 0.2)
+        value.backward()
+        gradients.append(log_prob.grad.item())
+    assert gradients[0] == 0 and (gradients[1] == 0) == ((advantage > 0) == (ratio > 1))
+    inside = torch.tensor([1.1]).log().requires_grad_()
+    dpok.policy_loss(inside, torch.zeros(1), torch.tensor([advantage]), 0.2)[0].backward()
+    assert inside.grad.item() == pytest.approx(-1.1 * advantage)
+
+
+def test_the_value_function_leaves_the_gradient_and_lowers_its_variance():
+    """With the exact V(x_t, k) = E[r | x_t], known in closed form: x_0 given x_t is Gaussian (A.5)."""
+    chain = LinearChain()
+    values = []
+    for k in range(3):
+        variance = sum(chain.theta ** (2 * j) for j in range(3 - k)) * chain.s**2
+        values.append(-((chain.theta ** (3 - k) * chain.x[k][:, 0] - 1) ** 2) - variance)
+    value, estimates = torch.stack(values, 1), []
+    for baseline in (torch.zeros_like(value), value):
+        parameter = torch.full((200,), chain.theta, requires_grad=True)                             # one for each block of 1,000 samples
+        new = chain.log_probs(parameter.repeat_interleave(1000)[:, None])
+        advantage = chain.reward[:, None] - baseline
+        loss, _ = dpok.policy_loss(new.flatten(), new.detach().flatten(), advantage.flatten(), 1e9)
+        estimates.append(torch.autograd.grad(loss, parameter)[0] * 200 * 3)
+    plain, with_value = estimates
+    error = (plain.var() / 200 + with_value.var() / 200) ** 0.5
+    assert abs(plain.mean() - with_value.mean()) < 4 * error and with_value.var() < 0.6 * plain.var()
+
+
+def test_the_value_network_learns_the_expected_reward_from_state_prompt_and_step():
+    """Reward = mean of x_t, plus or minus 1 by the prompt, twice that at the second step, plus noise: Eq. 24's minimum is without the noise."""
+    torch.manual_seed(0)
+    value = dpok.ValueNetwork((4, 2, 2), 2, steps=2)
+    optimizer = torch.optim.AdamW(value.parameters(), 1e-2)
+    x_t, which, k = torch.randn(400, 4, 2, 2), torch.arange(400) % 2, torch.arange(400) // 2 % 2
+    target = x_t.mean((1, 2, 3)) + (1.0 - 2 * which) * (1 + k)
+    error = dpok.fit_value(value, optimizer, (x_t, torch.eye(2)[which], k), target + 0.1 * torch.randn(400), 100)
+    assert error == pytest.approx(target.square().mean().item(), rel=0.2)  # before the first step V is near 0
+    assert (value(x_t, torch.eye(2)[which], k) - target).square().mean() < 0.05
+
+
+def test_kl_d_and_kl_o_of_a_worked_example():
+    """Two rows, at sigma 0.5 and 0.1 (1 / 2 sigma^2 = 2 and 50), x_0 = 0, f_theta = 1 and 0.2, f_pre = 0.5 and 0; r = 1 and -0.5; gamma 1.
+    KL-D: 2 * 2 * 1 = 4 and 0.5 * 50 * 0.04 = 1. KL-O: 2 (1 * 1 + 1 * 0.25) = 2.5 and 50 (-0.5 * 0.04 + 1 * 0.04) = 1. A third row with
+    r = -1.5, so that r + gamma < 0, adds nothing but counts in the mean."""
+    full = lambda *values: torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 4, 2, 2)  # noqa: E731
+    x0, x0_pred, x0_pre, sigma = full(0.0, 0, 0), full(1.0, 0.2, 3.0), full(0.5, 0, 1), torch.tensor([0.5, 0.1, 0.1]).view(3, 1, 1, 1)
+    reward = torch.tensor([1.0, -0.5, -1.5])
+    loss, info = dpok.supervised_loss(x0_pred, x0, reward, sigma, 1.0)
+    assert loss.item() == pytest.approx((4 + 1) / 3) and info["left_out"] == pytest.approx(1 / 3)
+    assert dpok.supervised_loss(x0_pred, x0, reward, sigma, 1.0, x0_pre)[0].item() == pytest.approx((2.5 + 1) / 3)
+
+
+def dpok_config(config, **changes):
+    """The same small run for dpok."""
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(dpok.Config) if hasattr(config, f.name)}
+    return dpok.Config(**shared | {"prompts": "count", "reward": "jpeg", "algo": "rl", "max_grad_norm": 0.1, "advantage_clip": 0.0, "update_batch": 12,
+                                   "evaluation_images": 4, **changes})
+
+
+@pytest.mark.parametrize("algo, kl_d", [("rl", False), ("sft", False), ("sft", True)])
+def test_a_run_of_dpok_leaves_its_folder_and_its_evaluation(algo, kl_d, config, tmp_path):
+    """Trained and unseen prompt, the same seeds before and after; the reward queries are as many for both algorithms."""
+    c = dpok_config(config, algo=algo, kl_d=kl_d)
+    assert dpok.main(flags(c)) == 0
+    run, again = Path(c.out), tmp_path / "again"
+    names = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file() and "tfevents" not in file.name}
+    assert names == {"config.json", "log.csv", "lora/pytorch_lora_weights.safetensors", "comparison.png", "progress.png", "evaluation.json",
+                     *(f"samples/epoch_000{i}.png" for i in range(3))}
+    log, table, pipe = read_log(run), json.loads((run / "evaluation.json").read_text()), dpok.load_pipeline(c)
+    assert log[-1]["reward_queries"] == "16" and float(log[-1]["grad_norm"]) > 0 and float(log[-1]["kl"]) > 0
+    assert algo == "sft" or float(log[0]["ratio_deviation"]) < 1e-4 and log[0]["value_error"] != log[1]["value_error"]
+    assert [(row["prompt"], row["trained"]) for row in table] == [("Four wolves in the park", True), ("Four birds in the park", False)]
+    for model in ("pretrained", "tuned"):
+        if model == "tuned":
+            dpok.load_lora(pipe.unet, run / "lora")
+        images = dpok.sample(pipe, ["Four birds in the park"] * 4, c, dpok.generators(c.seed, 0, range(4))).images
+        reward = rewards.jpeg(images, None).numpy()
+        assert table[1][model] == pytest.approx({"mean": reward.mean(), "standard_error": reward.std(ddof=1) / 2}, rel=1e-3)
+    assert dpok.main(["--config", str(run / "config.json"), "--out", str(again)]) == 0
+    for name in ("lora/pytorch_lora_weights.safetensors", "evaluation.json", "comparison.png"):
+        assert (run / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_two_rounds_of_dpok_are_algorithm_1_done_one_row_at_a_time(config):
+    """Eight samples, three steps, two updates a round of twelve random rows: alpha times the clipped ratio times r - V, beta times the step's
+    KL, V fitted between the rounds. The clip is wide and the norm uncut, so that every factor shows; plain weights, so does their decay."""
+    c = dpok_config(config, epochs=2, alpha=3.0, beta=0.5, clip_range=0.05, max_grad_norm=1e9, weight_decay=0.5, lr=3e-3, value_lr=1e-2, sample_every=9)
+    trained, pipe = dpok.train(c), dpok.load_pipeline(c)
+    parameters = dpok.add_lora(pipe.unet, c.rank, torch.Generator().manual_seed(c.seed))
+    optimizer = torch.optim.AdamW(parameters, c.lr, weight_decay=c.weight_decay)
+    uncond, (value, value_optimizer), norms = dpok.encode(pipe, [""]), dpok.start_value(pipe, c), []
+    for epoch in (1, 2):
+        texts, rollout, rng = dpok.draw(pipe, ["Four wolves in the park"], c, epoch)
+        reward, states = rewards.load("jpeg")(rollout.images, texts), dpok.value_inputs(pipe, rollout)
+        before = copy.deepcopy(value)
+        for _ in range(2):
+            for row in torch.randint(24, (12,), generator=rng):
+                i, k = row // 3, row % 3
+                t, x_t, x_prev, cond = rollout.timesteps[k][None], rollout.latents[i, k][None], rollout.latents[i, k + 1][None], rollout.cond[i][None]
+                step = lambda: dpok.step_distribution(  # noqa: E731
+                    pipe.scheduler, dpok.predict_noise(pipe.unet, x_t, t, cond, uncond, c.guidance), t, x_t)
+                mean, sigma = step()
+                with torch.no_grad(), dpok.pretrained(pipe.unet):
+                    mean_ref, _ = step()
+                ratio = (Normal(mean, sigma).log_prob(x_prev).mean() - rollout.log_probs[i, k]).exp()
+                advantage = reward[i] - before(x_t, states[1][row][None], k[None]).detach()[0]
+                kl = kl_divergence(Normal(mean, sigma), Normal(mean_ref, sigma)).mean()
+                ((c.beta * kl - c.alpha * advantage * ratio.clamp(1 - c.clip_range, 1 + c.clip_range)) / 12).backward()
+            norms.append(nn.utils.clip_grad_norm_(parameters, 1e9).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        value_optimizer.zero_grad()
+        (value(*states) - reward.repeat_interleave(3)).square().mean().backward()
+        value_optimizer.step()
+    log, saved = read_log(trained), load_file(trained / "lora" / "pytorch_lora_weights.safetensors")
+    assert [float(row["grad_norm"]) for row in log] == pytest.approx([np.mean(norms[:2]), np.mean(norms[2:])], rel=1e-3)
+    for name, parameter in dpok.lora_weights(pipe.unet).items():
+        torch.testing.assert_close(saved[f"unet.{name}"], parameter.detach(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kl_d", [False, True])
+def test_algorithm_2_is_a_weighted_regression_to_noised_data_at_any_step_but_the_last(kl_d, config):
+    """Two images of two prompts at their two steps: x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise, f the guided prediction of x_0."""
+    c, noise_seed = dpok_config(config, algo="sft", epochs=1, kl_d=kl_d, gamma=1.7), 3
+    pipe = load(c)
+    data = dpok.supervised_data(pipe, ["cat", "dog"], lambda images, prompts: torch.arange(8.0) - 3, c)
+    x0, cond, which, reward, rollout = data
+    uncond, rows = dpok.encode(pipe, [""]), torch.tensor([4, 5, 14, 15])                            # images 2 and 7, steps 0 and 1
+    loss, _ = dpok.supervised_loss_at(pipe, data, torch.Generator().manual_seed(noise_seed), rows, uncond, c)
+    noise_, losses = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(noise_seed)), []
+    with torch.no_grad():
+        for (i, k), eps in zip(((2, 0), (2, 1), (7, 0), (7, 1)), noise_):
+            t = rollout.timesteps[k][None]
+            abar = pipe.scheduler.alphas_cumprod[t]
+            x_t = abar.sqrt() * x0[i][None] + (1 - abar).sqrt() * eps
+            f = lambda: (x_t - (1 - abar).sqrt() * dpok.predict_noise(pipe.unet, x_t, t, cond[which[i]][None], uncond, c.guidance)) / abar.sqrt()  # noqa: E731
+            _, sigma = dpok.step_distribution(pipe.scheduler, x_t, t, x_t)
+            with dpok.pretrained(pipe.unet):
+                f_pre = f()
+            if kl_d:
+                squares = (reward[i] + 1.7) * (x0[i] - f()) ** 2
+            else:
+                squares = reward[i] * (x0[i] - f()) ** 2 + 1.7 * (f_pre - f()) ** 2
+            losses.append((squares / (2 * sigma**2)).mean() if reward[i] + 1.7 >= 0 else torch.zeros(()))
+    torch.testing.assert_close(loss.detach(), torch.stack(losses).mean(), rtol=1e-3, atol=1e-4)
+    assert len(set(which.tolist())) == 2 and not torch.equal(cond[0], cond[1]) and loss.requires_grad
+    with dpok.pretrained(pipe.unet):
+        again = dpok.draw(pipe, ["cat", "dog"], c, 1)[1]
+    assert torch.equal(x0, again.latents[:, -1])                                                    # of p_pre, though LoRA was not fresh
+
+
+def test_settings_of_one_algorithm_yield_to_those_named_in_a_file_or_flag():
+    """sft has a learning rate of its own, unless dpok.json or the command line names one; sf makes one update."""
+    assert dpok.parse(["--algo", "sft", "--model", "x"]).lr == 2e-5 and dpok.parse(["--algo", "sft", "--device", "cpu"]).lr == 3e-3
+    assert dpok.parse(["--algo", "sft", "--lr", "1e-4", "--device", "cpu"]).lr == 1e-4
+    assert ddpo.parse(["--algo", "sf", "--device", "cpu"]).updates_per_epoch == 1 and ddpo.parse(["--device", "cpu"]).updates_per_epoch == 4
 
 
 # ---------------------------------------------------------------- rewards

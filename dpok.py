@@ -1,0 +1,821 @@
+"""DPOK: Reinforcement Learning for Fine-tuning Text-to-Image Diffusion Models (Fan et al., NeurIPS 2023, arXiv:2305.16381v3), to be read beside it.
+
+The process is DDPO's (Eq. 4), with z for the prompt. `--algo rl` is Algorithm 1: objective (8), reward and KL to the pre-trained model, by the
+gradient (9), with the value function of A.5 and the clipped ratio of A.6. `--algo sft` is Algorithm 2, the supervised baseline of section
+4.2, on as many reward queries. `diff ddpo.py dpok.py` shows what DPOK changes.
+
+    python dpok.py                     on a CUDA GPU Stable Diffusion v1.5, elsewhere the small model in shapes/, within minutes
+    python dpok.py --help              every setting, with the published value
+
+What differs from the paper or from the released code, and why:
+- (9) leaves out a part of the KL's gradient, the second sum of Eq. 16: later KLs as rewards for earlier steps. So does this file.
+- The KL is Lemma 4.2's, exact, at x_t from the policy that sampled: on policy at a round's first update only. The released code has the
+  plain squared difference of the noises instead; the exact weight is 0.07 to 5.4 times that along Stable Diffusion's 50 steps.
+- log p and KL are means over the latent and over rows, as in the released code; `log_prob` says what that does to the clip range.
+- Eq. 25 is printed as the gradient; with one ratio a step it is that only at theta_old. Eq. 26 prints its bounds the other way round.
+- An update sees rows of its own round. The released code keeps 1,000, two rounds, half of which have a ratio off 1 from the start.
+- Rows an update: 32, the paper's, not the code's 48. Weight decay: 0.01, AdamW's default, which the paper says it uses; the code has 0.
+- Steps, guidance, eta and rank are not in the paper but in the code. V is fitted after the policy, on all rows once, so that it has not seen
+  the rewards it is subtracted from (the code: before, on 1,280 random rows); its text input is the pooled embedding without a projection.
+- sft, for which no code was released: t is uniform on the sampler's steps but the last, sigma the sampler's, f the guided prediction; as many
+  updates as rl (the paper: 8,000, not 10,000). (12) holds only with twice gamma in its second term; (13) drops the factor that turns the
+  error of x_0 into that of the step's mean.
+
+The numbers of a run: reward_mean rises (with sft it is the data's, and stands still). ratio_deviation, before a round's first update, is 0 but
+for rounding. clipped is well under 1. value_error falls below the square of reward_std. kl, with sft at states of p_pre, grows slowly: a jump
+is a collapse. grad_norm keeps its size. The loss says nothing about progress and is not shown.
+"""
+import argparse
+import csv
+import dataclasses
+import functools
+import json
+import math
+import os
+import sys
+import textwrap
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+
+import rewards
+
+# Shapes: N samples an epoch, B rows of one UNet call, K denoising steps, L text tokens of width E; a latent is (4, H, W).
+# t is the scheduler's timestep (981, 961, ..., 1), k the number of the step (0, 1, ..., K - 1).
+
+
+def setting(default, help, group=None, zero=False, choices=None):
+    """A field of Config: its default, the text of its flag, the group of flags that it opens, whether it may be 0, what may be chosen."""
+    kind = {"default_factory": dict} if default is dict else {"default": default}
+    return dataclasses.field(**kind, metadata={"help": help, "group": group, "zero": zero, "choices": choices})
+
+
+@dataclasses.dataclass
+class Config:
+    """Settings of a run. The defaults are those for one prompt: the paper's (section 5.2, appendix B), or where it has none the released code's."""
+    model: str = setting("stable-diffusion-v1-5/stable-diffusion-v1-5", "hub id or folder of a Stable Diffusion pipeline; paper: v1.5", "task")
+    reward: str = setting("imagereward", "imagereward (not yet here), jpeg, incompressibility or path/to/file.py:function; paper: ImageReward")
+    reward_options: dict = setting(dict, "passed on to the reward")
+    prompts: str = setting("color", "color, count, composition, location, roses (the paper's), shapes (four for the small model), a text file, or a prompt of several words")
+    unseen: str = setting("", "prompts that are evaluated but never trained on, given like --prompts; default: the partners of known prompts (Fig. 10)")
+    algo: str = setting("rl", "Algorithm 1 (rl) or 2 (sft)", choices=("rl", "sft"))
+    samples_per_epoch: int = setting(10, "images a round, m; paper: 10", "sampling")
+    steps: int = setting(50, "denoising steps; code: 50")
+    guidance: float = setting(7.5, "classifier-free guidance weight w, 1 is none; code: 7.5")
+    eta: float = setting(1.0, "DDIM's noise, in (0, 1]; code: 1")
+    evaluation_images: int = setting(50, "images a prompt at the end, by the pre-trained and by the tuned model; paper: 50")
+    epochs: int = setting(2000, "rounds; paper: 2000 (20,000 images)", "training")
+    updates_per_epoch: int = setting(5, "optimiser steps a round; paper: 5")
+    update_batch: int = setting(32, "rows (sample, step) of an update, n; paper: 32, for sft 128; code: 48")
+    batch: int = setting(2, "rows of one UNet call, before guidance doubles them: as many as memory allows, the result is the same up to rounding")
+    alpha: float = setting(10.0, "weight of the reward; paper: 10", zero=True)
+    beta: float = setting(0.01, "weight of the KL to the pre-trained model; paper: 0.01", zero=True)
+    value: bool = setting(True, "subtract a value function from the reward (A.5); code: yes")
+    value_lr: float = setting(1e-4, "its AdamW's learning rate; paper: 1e-4")
+    value_steps: int = setting(1, "its AdamW's steps a round; code: 1")
+    gamma: float = setting(2.0, "sft: weight of the KL, the shift of the reward; paper: 2", zero=True)
+    kl_d: bool = setting(False, "sft: KL-D (Eq. 13) instead of KL-O, which section 5.2 uses")
+    rank: int = setting(4, "rank of LoRA; code: 4")
+    lr: float = setting(1e-5, "AdamW's learning rate; paper: 1e-5, for sft 2e-5")
+    weight_decay: float = setting(0.01, "AdamW's weight decay; paper: AdamW's default, code: 0", zero=True)
+    max_grad_norm: float = setting(0.1, "longer gradients are cut to this norm; paper: 0.1")
+    clip_range: float = setting(1e-4, "of the ratio, the exponential of a change in mean log-probability per latent element; paper: 1e-4")
+    advantage_clip: float = setting(0.0, "advantages are cut to +- this, 0 is never; paper: none", zero=True)
+    max_kl: float = setting(0.0, "stop once the KL (mean per latent element and step) is larger, 0 is never; paper: none", zero=True)
+    device: str = setting("", "cuda, cuda:1, mps or cpu; default: cuda where there is one, otherwise cpu", "machine")
+    precision: str = setting("", "of the frozen weights; default: bf16 on a GPU that has it; code: fp16", choices=("", "fp32", "bf16"))
+    gradient_checkpointing: bool = setting(False, "compute activations twice to save memory")
+    compile: bool = setting(False, "torch.compile the UNet: slow to start, then faster; on a GPU, as torch 2.13 compiles some UNets wrongly for a CPU")
+    seed: int = setting(0, "of everything random", zero=True)
+    out: str = setting("", "the run's folder; default: runs/dpok-<reward>-<time>", "output")
+    sample_every: int = setting(10, "epochs between pictures of fixed prompts and seeds")
+    save_every: int = setting(10, "epochs between savings of the LoRA weights")
+
+    @staticmethod
+    def implied(settings):
+        """What one setting settles as long as no other says otherwise."""
+        return {"lr": 2e-5, "update_batch": 128} if settings.get("algo") == "sft" else {}
+
+    def rules(self):
+        """What must hold of this script's own settings: (holds, what to say if not), ..."""
+        load_prompts(self.unseen or self.prompts)
+        return [(self.evaluation_images > 1, f"evaluation_images {self.evaluation_images} must be above 1, for a standard error; the paper has 50"),
+                (self.algo == "rl" or self.steps > 1, f"steps {self.steps} must be above 1 with algo sft, which leaves the last step out")]
+
+
+# ---------------------------------------------------------------- LoRA: W x + B A x in the attention layers (arXiv:2106.09685)
+
+class LoRAAttnProcessor(nn.Module):
+    """A diffusers attention processor: scaled dot-product attention with B A x (scale 1) added to to_q, to_k, to_v and to_out[0].
+
+    A (rank, in) starts Gaussian, B (out, rank) zero, so that fresh LoRA changes nothing; both are float32 whatever the UNet is.
+    """
+
+    def __init__(self, attn, rank, generator=None):
+        super().__init__()
+        self.enabled = True
+        layers = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out": attn.to_out[0]}
+        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
+        for name, layer in layers.items():
+            A = torch.randn(rank, layer.in_features, generator=generator) / rank  # as diffusers' LoRA layer, which the authors used
+            self.A[name] = nn.Parameter(A.to(layer.weight.device))
+            self.B[name] = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
+
+    def project(self, name, layer, x):
+        if not self.enabled:
+            return layer(x)
+        return layer(x) + F.linear(F.linear(x, self.A[name].to(x.dtype)), self.B[name].to(x.dtype))
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        x = hidden_states
+        context = x if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = self.project("to_q", attn.to_q, x), self.project("to_k", attn.to_k, context), self.project("to_v", attn.to_v, context)
+        q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, tokens, width)
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(x)).unflatten(0, (len(x), attn.heads))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask).transpose(1, 2).flatten(2)
+        return self.project("to_out", attn.to_out[0], x) / attn.rescale_output_factor
+
+
+def add_lora(unet, rank, generator=None):
+    """Freeze the UNet (placed and cast already), give every attention layer fresh LoRA, return what trains: a list of parameters."""
+    if any(isinstance(p, LoRAAttnProcessor) for p in unet.attn_processors.values()):
+        raise ValueError("this UNet has LoRA already; load it anew, or load_lora into what is there")
+    unet.requires_grad_(False)
+    unet.set_attn_processor({name: LoRAAttnProcessor(unet.get_submodule(name.removesuffix(".processor")), rank, generator)
+                             for name in unet.attn_processors})
+    return [p for p in unet.parameters() if p.requires_grad]
+
+
+@contextmanager
+def pretrained(unet):
+    """Inside this context LoRA is off: the reference policy p_pre, bit for bit, without a second UNet."""
+    processors = [p for p in unet.attn_processors.values() if isinstance(p, LoRAAttnProcessor)]
+    before = [p.enabled for p in processors]
+    try:
+        for processor in processors:
+            processor.enabled = False
+        yield
+    finally:
+        for processor, enabled in zip(processors, before):
+            processor.enabled = enabled
+
+
+def lora_weights(unet):
+    """The LoRA parameters under the names that diffusers and peft give them: <attention layer>.to_q.lora_A.weight, ..."""
+    return {f"{name.removesuffix('.processor')}.{layer.replace('to_out', 'to_out.0')}.lora_{side}.weight": parameter
+            for name, processor in unet.attn_processors.items() if isinstance(processor, LoRAAttnProcessor)
+            for side in "AB" for layer, parameter in getattr(processor, side).items()}
+
+
+def save_lora(unet, folder):
+    """Write folder/pytorch_lora_weights.safetensors, diffusers' own format, whole or not at all."""
+    weights = {name: parameter.detach().cpu() for name, parameter in lora_weights(unet).items()}
+    diffusers.StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=weights, weight_name="partial.safetensors")
+    os.replace(Path(folder, "partial.safetensors"), Path(folder, "pytorch_lora_weights.safetensors"))
+
+
+def load_lora(unet, folder):
+    """Copy the weights that save_lora wrote into the LoRA of `unet`, installed at the file's rank if there is none. Raises ValueError for
+    a missing or an extra key, or another shape."""
+    file = Path(folder, "pytorch_lora_weights.safetensors")
+    if not file.is_file():
+        raise ValueError(f"LoRA {str(folder)!r} holds no {file.name}; give a folder that a run wrote, such as runs/.../lora")
+    loaded = {name.removeprefix("unet."): tensor for name, tensor in load_file(file).items()}
+    ranks = [tensor.shape[0] for name, tensor in loaded.items() if name.endswith("lora_A.weight")]
+    if ranks and not lora_weights(unet):
+        add_lora(unet, ranks[0])
+    installed = lora_weights(unet)
+    wrong = sorted(loaded.keys() ^ installed.keys()) or [n for n in installed if loaded[n].shape != installed[n].shape]
+    if wrong:
+        raise ValueError(f"LoRA {str(file)!r} does not fit this UNet, beginning with {wrong[0]!r}; use the model and rank it was trained with")
+    with torch.no_grad():
+        for name, parameter in installed.items():
+            parameter.copy_(loaded[name])
+
+
+# ---------------------------------------------------------------- the MDP: one denoising step is a Gaussian (section 4.3)
+
+def predict_noise(unet, x_t, t, cond, uncond, guidance):
+    """Classifier-free guidance (DDPO Eq. 3): w eps(x_t, t, c) + (1 - w) eps(x_t, t), float32 (B, 4, H, W).
+
+    x_t (B, 4, H, W) float32; t (B,), rows may differ; cond (B, L, E); uncond (1, L, E) or (B, L, E). Guidance 1 needs no second half.
+    """
+    if guidance != 1:
+        x_t, t, cond = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([uncond.expand_as(cond), cond])
+    dtype = unet.conv_in.weight.dtype
+    model_output = unet(x_t.to(dtype), t, encoder_hidden_states=cond.to(dtype)).sample.float()
+    if guidance == 1:
+        return model_output
+    without, given = model_output.chunk(2)
+    return without + guidance * (given - without)
+
+
+def predict_x0(scheduler, model_output, t, x_t):
+    """What the model takes the finished latent and the noise to be -> x0_pred, eps (B, 4, H, W), for models that output eps or v; t (B,)."""
+    abar_t = scheduler.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
+    if scheduler.config.prediction_type == "epsilon":
+        return (x_t - (1 - abar_t).sqrt() * model_output) / abar_t.sqrt(), model_output
+    if scheduler.config.prediction_type == "v_prediction":
+        return abar_t.sqrt() * x_t - (1 - abar_t).sqrt() * model_output, abar_t.sqrt() * model_output + (1 - abar_t).sqrt() * x_t
+    raise ValueError(f"prediction_type {scheduler.config.prediction_type!r} is not known; use a model that predicts epsilon or v_prediction")
+
+
+def step_distribution(scheduler, model_output, t, x_t, eta=1.0):
+    """p_theta(x_{t-1} | x_t, c), a Gaussian (DDPO Eq. 2), here DDIM's step (arXiv:2010.02502 Eq. 12, 16) -> mean (B, 4, H, W), sigma (B, 1, 1, 1).
+
+    sigma = eta sqrt((1 - abar_prev) / (1 - abar_t) (1 - abar_t / abar_prev)),  mean = sqrt(abar_prev) x0_pred + sqrt(1 - abar_prev - sigma^2) eps;
+    t (B,). Raises ValueError where sigma would be 0 or x0_pred clipped: then this density is not the step's.
+    """
+    if not 0 < eta <= 1:
+        raise ValueError(f"eta {eta} must be in (0, 1]: without noise a step has no log-probability; use 1")
+    if scheduler.config.thresholding or scheduler.config.clip_sample:
+        raise ValueError("the scheduler clips x0_pred, so that the step is not the Gaussian computed here; set thresholding and clip_sample to False")
+    table = scheduler.alphas_cumprod.to(x_t.device)
+    prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    abar_t = table[t].view(-1, 1, 1, 1)
+    abar_prev = torch.where(prev >= 0, table[prev.clamp(min=0)], scheduler.final_alpha_cumprod.to(table)).view(-1, 1, 1, 1)
+    sigma = eta * ((1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)).sqrt()
+    if not (sigma > 0).all():
+        raise ValueError("sigma is 0 at the last step, whose log-probability is then infinite; make the scheduler with set_alpha_to_one=False")
+    x0_pred, eps = predict_x0(scheduler, model_output, t, x_t)
+    return abar_prev.sqrt() * x0_pred + (1 - abar_prev - sigma**2).sqrt() * eps, sigma
+
+
+def log_prob(x_prev, mean, sigma):
+    """log N(x_{t-1}; mean, sigma^2), averaged over the D numbers of a latent -> (B,).
+
+    The papers' density is the sum. With the mean, as in all their code, exp(log_prob - log_prob_old) is the D-th root of the true ratio:
+    for D = 16,384 a clip range of 1e-4 lets the true ratio go from 0.19 to 5.2 (exp(+-1.64)). Where D is smaller the same clip is tighter.
+    """
+    density = -((x_prev - mean) ** 2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
+    return density.flatten(1).mean(1)
+
+
+def kl_divergence(mean, mean_ref, sigma):
+    """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) = (mean - mean_ref)^2 / (2 sigma^2), averaged over the latent like log_prob -> (B,)."""
+    return ((mean - mean_ref) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
+
+
+@dataclasses.dataclass
+class Rollout:
+    """N trajectories x_T, ..., x_0 of the policy, on the CPU: what an update needs of them."""
+    prompts: list             # N texts
+    cond: torch.Tensor        # (N, L, E) their embeddings
+    timesteps: torch.Tensor   # (K,) t, falling
+    latents: torch.Tensor     # (N, K + 1, 4, H, W) float32: x_t is [:, k], x_{t-1} is [:, k + 1]
+    log_probs: torch.Tensor   # (N, K) log p(x_{t-1} | x_t, c) under the policy that drew them
+    images: list              # N PIL images
+
+
+def encode(pipe, prompts):
+    """The prompts' embeddings (N, L, E); each text is encoded once. What the text encoder cannot read is cut off."""
+    unique = list(dict.fromkeys(prompts))
+    cond = pipe.encode_prompt(unique, pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
+    return cond[[unique.index(prompt) for prompt in prompts]]
+
+
+def generators(seed, epoch, indices):
+    """One generator for each sample, from (seed, epoch, global index of the sample): no sample depends on its batch or on other samples."""
+    return [torch.Generator().manual_seed((seed * 2_654_435_761 + epoch * 1_000_003 + i) % 2**32) for i in indices]
+
+
+@torch.no_grad()
+def sample(pipe, prompts, config, generators):
+    """Roll the policy out: x_T ~ N(0, 1), then K steps x_{t-1} ~ p_theta(x_{t-1} | x_t, c), then the decoder -> Rollout.
+
+    Each sample draws x_T and then a noise a step from its own CPU generator, in the order of diffusers' DDIM: the images are the same.
+    """
+    unet, scheduler, K = pipe.unet, pipe.scheduler, config.steps
+    scheduler.set_timesteps(K, device=pipe.device)
+    cond, uncond = encode(pipe, prompts), encode(pipe, [""])
+    shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    latents = torch.empty(len(prompts), K + 1, *shape[1:])
+    log_probs, images = torch.empty(len(prompts), K), []
+    for rows in tqdm(torch.arange(len(prompts)).split(config.batch), "sampling", leave=False):
+        draws = [generators[i] for i in rows]
+        x_t = torch.cat([torch.randn(shape, generator=g) for g in draws]).to(pipe.device)            # (B, 4, H, W)
+        latents[rows, 0] = x_t.cpu()
+        for k, t in enumerate(scheduler.timesteps):
+            t = t.expand(len(rows))                                                                  # (B,)
+            model_output = predict_noise(unet, x_t, t, cond[rows], uncond, config.guidance)          # (B, 4, H, W)
+            mean, sigma = step_distribution(scheduler, model_output, t, x_t, config.eta)
+            x_prev = mean + sigma * torch.cat([torch.randn(shape, generator=g) for g in draws]).to(pipe.device)
+            log_probs[rows, k] = log_prob(x_prev, mean, sigma).cpu()
+            latents[rows, k + 1] = x_prev.cpu()
+            x_t = x_prev
+        decoded = pipe.vae.decode(x_t.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+        images += pipe.image_processor.postprocess(decoded.float(), output_type="pil")
+    return Rollout(list(prompts), cond.cpu(), scheduler.timesteps.cpu(), latents, log_probs, images)
+
+
+# ---------------------------------------------------------------- the value function (appendix A.5)
+
+class ValueNetwork(nn.Module):
+    """V(x_t, z, k), the reward expected from x_t on (Eq. 23): three layers of 256 units, each unit gated by the step, as in the released code."""
+
+    def __init__(self, latent_shape, text_dim, steps, width=256):
+        super().__init__()
+        inputs = [math.prod(latent_shape) + text_dim, width, width]
+        self.layers = nn.ModuleList(nn.Linear(n, width) for n in inputs)
+        self.gates = nn.ModuleList(nn.Embedding(steps, width) for _ in inputs)
+        self.last = nn.Linear(width, 1)
+        for gate in self.gates:
+            nn.init.ones_(gate.weight)
+
+    def forward(self, x_t, z, k):
+        """x_t (B, 4, H, W), z (B, text_dim), k (B,) step numbers -> (B,)."""
+        h = torch.cat([x_t.flatten(1), z], 1)
+        for layer, gate in zip(self.layers, self.gates):
+            h = F.relu(layer(h) * gate(k))
+        return self.last(h)[:, 0]
+
+
+# ---------------------------------------------------------------- losses: means over rows, where the paper sums over t (K times this)
+
+def policy_loss(log_prob, log_prob_old, advantage, clip_range):
+    """Eq. 26, all (B,): -E[ (r - V) clip(ratio, 1 - clip_range, 1 + clip_range) ], ratio = p_theta / p_theta_old. Without PPO's min, so outside
+    the band the gradient is 0 on both sides, whatever the sign of r - V. At theta = theta_old the gradient is that of Eq. 6 with r - V."""
+    ratio = (log_prob - log_prob_old).exp()
+    info = {"ratio_mean": ratio.mean().item(), "ratio_deviation": (ratio - 1).abs().max().item(),
+            "clipped": ((ratio - 1).abs() > clip_range).float().mean().item()}
+    return -(advantage * ratio.clamp(1 - clip_range, 1 + clip_range)).mean(), info
+
+
+def supervised_loss(x0_pred, x0, reward, sigma, gamma, x0_pre=None):
+    """KL-D (Eq. 13): (r + gamma) ||x_0 - f_theta||^2 / (2 sigma^2). With x0_pre, KL-O: (r ||x_0 - f_theta||^2 + gamma ||f_pre - f_theta||^2) /
+    (2 sigma^2). x0_pred = f_theta, x0, x0_pre (B, 4, H, W); sigma (B, 1, 1, 1); reward (B,). The norms are means over the latent; rows with
+    r + gamma < 0 contribute nothing (appendix B)."""
+    error = ((x0 - x0_pred) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
+    if x0_pre is None:
+        loss = (reward + gamma) * error
+    else:
+        loss = reward * error + gamma * ((x0_pre - x0_pred) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
+    counts = reward + gamma >= 0
+    return torch.where(counts, loss, 0).mean(), {"left_out": 1 - counts.float().mean().item()}
+
+
+# ---------------------------------------------------------------- a run: prompts, model, folder, pictures
+
+PROMPTS = {"color": ["A green colored rabbit"], "count": ["Four wolves in the park"], "composition": ["A cat and a dog"],
+           "location": ["A dog on the moon"], "roses": ["Four roses"],  # sections 5.2 and 5.4
+           "shapes": ["a green square", "two red squares", "a red circle and a blue square", "a blue circle on the left"]}
+UNSEEN = {"A green colored rabbit": "A green colored cat", "Four wolves in the park": "Four birds in the park",
+          "A cat and a dog": "A cat and a cup", "A dog on the moon": "A lion on the moon",  # Fig. 10
+          "a green square": "a green circle", "two red squares": "two blue squares",
+          "a red circle and a blue square": "a red circle and a blue triangle", "a blue circle on the left": "a blue square on the left"}
+
+
+def load_prompts(name):
+    """The texts of --prompts: a known set, a text file with one prompt a line, or one prompt given literally. Raises ValueError."""
+    if name in PROMPTS:
+        return list(PROMPTS[name])
+    file = rewards.find(name)
+    if file:
+        try:
+            prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"prompt file {name!r} cannot be read ({error}); give a text file in UTF-8") from error
+        if not prompts:
+            raise ValueError(f"prompt file {name!r} is empty; write one prompt a line")
+        return prompts
+    if len(name.split()) < 2 or name.lower().endswith(".txt"):
+        raise ValueError(f"prompts {name!r} is neither a known set ({', '.join(PROMPTS)}) nor a text file, and a prompt given literally "
+                         f"has several words; correct the name, or put a one-word prompt in a file")
+    return [name]
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check(config):
+    """Refuse what cannot work, before anything is loaded or written. Raises ValueError with the value, the rule and the remedy."""
+    for f in dataclasses.fields(config):
+        value, choices, zero = getattr(config, f.name), f.metadata["choices"], f.metadata["zero"]
+        if type(value) is not f.type and (type(value), f.type) != (int, float):
+            raise ValueError(f"{f.name} {value!r} must be of type {f.type.__name__}; --help shows each setting")
+        if choices and value not in choices:
+            raise ValueError(f"{f.name} {value!r} is unknown; choose {' or '.join(filter(None, choices))}")
+        if f.type in (int, float) and not (0 <= value < 2**31 if zero else 0 < value < 2**31):
+            raise ValueError(f"{f.name} {value} must be {'0 or more' if zero else 'above 0'}, and below 2^31; the default is {f.default}")
+    N, out = config.samples_per_epoch, Path(config.out)
+    above = next((folder for folder in (out, *out.parents) if os.path.exists(folder)), Path())
+    rules = config.rules() + [
+        (config.eta <= 1, f"eta {config.eta} must be at most 1, where DDIM is the ancestral sampler; use 1"),
+        (config.steps <= 500, f"steps {config.steps} must be at most 500, half of those the model was trained with; the papers take 50"),
+        (N % config.batch == 0, f"batch {config.batch} must divide samples_per_epoch {N}; try {math.gcd(N, config.batch)}"),
+        (above.is_dir() and os.access(above, os.W_OK | os.X_OK), f"out {config.out!r} cannot be made in {str(above)!r}; name another folder"),
+        (not config.out or above != out or not any(out.iterdir()), f"out {config.out!r} is not an empty folder; name a new one"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise ValueError(message)
+    try:
+        torch.zeros(1, device=config.device or "cpu").item()
+    except Exception as error:  # each kind of device has its own
+        raise ValueError(f"device {config.device!r} is not to be had ({first_line(error)}); try cpu") from error
+    load_prompts(config.prompts)
+    rewards.check(config.reward)
+
+
+def load_pipeline(config):
+    """Stable Diffusion in eval mode on the device, with the scheduler of the MDP. Raises ValueError if there is none to be had."""
+    diffusers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    source = str(rewards.find(config.model) or config.model)
+    try:
+        kind = diffusers.StableDiffusionPipeline.load_config(source)["_class_name"]
+        if kind != "StableDiffusionPipeline":
+            raise ValueError(f"it is a {kind}")
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(source, safety_checker=None, feature_extractor=None,
+                                                                 requires_safety_checker=False, use_safetensors=True)
+        pipe.to(config.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    except Exception as error:  # whatever a folder or a hub comes up with
+        raise ValueError(f"model {config.model!r} cannot be loaded ({first_line(error)}); give a Stable Diffusion 1.x or 2.x folder with "
+                         "safetensors, or a hub id and a network, or run the small model with --config shapes/ddpo.json") from error
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+                                                         timestep_spacing="leading")
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        module.requires_grad_(False).eval()
+    return pipe
+
+
+def draw_samples(file, title, images, captions, columns=4, size=256, text=16):
+    """A grid of captioned images under a title line, as PNG."""
+    cell, top, font = (size + 8, size + 44), 32, ImageFont.load_default(text)
+    sheet = Image.new("RGB", (columns * cell[0], top + -(-len(images) // columns) * cell[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((8, 6), title, "black", font)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        x, y = i % columns * cell[0] + 4, i // columns * cell[1] + top
+        sheet.paste(image.resize((size, size), Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS), (x, y))
+        pen.multiline_text((x, y + size + 2), "\n".join(textwrap.wrap(caption, 32)[:2]), "black", font, spacing=0)
+    sheet.save(file)
+
+
+def draw_progress(folder):
+    """progress.png: title and first row of at most eight grids of samples, evenly spaced along training."""
+    grids = [Image.open(file) for file in sorted(Path(folder, "samples").glob("epoch_*.png"))]
+    chosen, row = [grids[i * (len(grids) - 1) // 7] for i in range(8)] if len(grids) > 8 else grids, 32 + 256 + 44
+    progress = Image.new("RGB", (grids[0].width, row * len(chosen)))
+    for i, grid in enumerate(chosen):
+        progress.paste(grid.crop((0, 0, grid.width, row)), (0, i * row))
+    progress.save(Path(folder, "progress.png"))
+
+
+def start_run(config):
+    """Make the run's folder, with the config.json that repeats the run -> the folder, and TensorBoard's writer or None."""
+    name = f"{Path(__file__).stem}-{config.reward.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(config.out or Path("runs", name))
+    try:
+        (folder / "samples").mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"out {str(folder)!r} cannot be made ({error}); name another folder") from error
+    settings = {**dataclasses.asdict(config), "out": ""}
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # not everybody has it
+    except ImportError:
+        return folder, None
+    return folder, SummaryWriter(folder)
+
+
+def averages(infos):
+    """(update, rows, info) of an epoch's UNet calls -> means over all rows, but of ratio_deviation the largest before the first update."""
+    total = sum(rows for _, rows, _ in infos)
+    means = {name: sum(rows * info[name] for _, rows, info in infos) / total for name in infos[0][2]}
+    if "ratio_deviation" in means:
+        means["ratio_deviation"] = max(info["ratio_deviation"] for update, _, info in infos if update == 0)
+    return means
+
+
+def watch(row, config):
+    """Whether the KL has passed its bound. Raises ValueError when an epoch's numbers are none; warns, once, when rounding alone moves the ratio
+    by a tenth of the clip."""
+    if not math.isfinite(row["kl"] + row["grad_norm"]):
+        raise ValueError(f"epoch {row['epoch']} ended with kl {row['kl']} and grad_norm {row['grad_norm']}, and is not saved; lower lr "
+                         f"{config.lr:g}, or take --precision fp32")
+    if row.get("ratio_deviation", 0) > config.clip_range / 10:
+        warnings.warn(f"before an epoch's first update a ratio was off 1 by more than a tenth of clip_range {config.clip_range:g}, by rounding "
+                      "alone; take --precision fp32")  # Python shows one text once
+    stop = 0 < config.max_kl < row["kl"]
+    if stop:
+        tqdm.write(f"stopping early: kl {row['kl']:.4g} is above max_kl {config.max_kl:g}")
+    return stop
+
+
+def log_epoch(folder, row, writer):
+    """One line on the screen, one row of log.csv, and TensorBoard's points where it is installed."""
+    new = not (folder / "log.csv").exists()
+    with open(folder / "log.csv", "a", newline="", encoding="utf-8") as file:
+        log = csv.DictWriter(file, row)
+        if new:
+            log.writeheader()
+        log.writerow(row)
+    if writer:
+        for name, value in row.items():
+            writer.add_scalar(name, value, row["epoch"])
+    tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+
+def peak_memory(device):
+    """GB taken at most so far: on the GPU, or by the whole process; not a number where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def show_samples(pipe, prompts, config, reward_fn, folder, epoch):
+    """samples/epoch_....png: sixteen images of fixed prompts and seeds, each with its reward; these queries teach nothing."""
+    prompts = [prompts[i % len(prompts)] for i in range(16)]
+    rollout = sample(pipe, prompts, config, generators(config.seed, 0, range(16)))
+    reward = reward_fn(rollout.images, prompts)
+    title = f"{'epoch ' + str(epoch) if epoch else 'pre-trained'}   reward queries {epoch * config.samples_per_epoch}   mean reward {reward.mean():.3f}"
+    draw_samples(folder / "samples" / f"epoch_{epoch:04d}.png", title, rollout.images, [f"{r:.3f} {p}" for r, p in zip(reward, prompts)])
+
+
+# ---------------------------------------------------------------- Algorithm 1: rl
+
+def policy(pipe, rollout, rows, uncond, config):
+    """p_theta at rows of a rollout, row = i K + k for step k of sample i -> x_{t-1} as it was drawn, and mean and sigma now."""
+    i, k = rows // config.steps, rows % config.steps
+    x_t, t = rollout.latents[i, k].to(pipe.device), rollout.timesteps[k].to(pipe.device)
+    model_output = predict_noise(pipe.unet, x_t, t, rollout.cond[i].to(pipe.device), uncond, config.guidance)
+    mean, sigma = step_distribution(pipe.scheduler, model_output, t, x_t, config.eta)
+    return rollout.latents[i, k + 1].to(pipe.device), mean, sigma
+
+
+def kl_to_pretrained(pipe, rollout, rows, mean, sigma, uncond, config):
+    """KL of the steps at `rows` from p_theta, given by mean and sigma, to p_pre -> (B,) with the gradient of p_theta."""
+    with torch.no_grad(), pretrained(pipe.unet):
+        _, mean_ref, _ = policy(pipe, rollout, rows, uncond, config)
+    return kl_divergence(mean, mean_ref, sigma)
+
+
+@torch.no_grad()
+def mean_kl(pipe, rollout, uncond, config, rng):
+    """The KL to p_pre, mean per latent element and step, estimated at one random step of each sample; its states are those that theta_old drew.
+    The steps are spread evenly: each has the same chance, and their numbers differ by one at most."""
+    (N, K), total = rollout.log_probs.shape, 0.0
+    for rows in (torch.arange(N) * K + (torch.randperm(N, generator=rng) + torch.randint(K, (1,), generator=rng)) % K).split(config.batch):
+        _, mean, sigma = policy(pipe, rollout, rows, uncond, config)
+        total += kl_to_pretrained(pipe, rollout, rows, mean, sigma, uncond, config).sum().item()
+    return total / N
+
+
+def draw(pipe, prompts, config, epoch):
+    """A round's prompts z ~ p(z), its trajectories, and the generator of what else is random in it -> texts, rollout, rng."""
+    N = config.samples_per_epoch
+    rng = generators(config.seed, epoch, [N])[0]
+    texts = [prompts[i] for i in torch.randint(len(prompts), (N,), generator=rng)]
+    return texts, sample(pipe, texts, config, generators(config.seed, epoch, range(N))), rng
+
+
+def value_inputs(pipe, rollout):
+    """Every row of a rollout as the value network takes it -> x_t (N K, 4, H, W), z (N K, E) the pooled text embedding, k (N K,)."""
+    N, K = rollout.log_probs.shape
+    ids = pipe.tokenizer(rollout.prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        z = pipe.text_encoder(ids.to(pipe.device)).pooler_output.float().cpu()
+    return rollout.latents[:, :-1].flatten(0, 1), z.repeat_interleave(K, 0), torch.arange(K).repeat(N)
+
+
+def start_value(pipe, config):
+    """A fresh value network for this pipeline's latents and texts, on the CPU where the rollouts are, and its optimiser."""
+    size = pipe.unet.config.sample_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        value = ValueNetwork((pipe.unet.config.in_channels, size, size), pipe.text_encoder.config.hidden_size, config.steps)
+    return value, torch.optim.AdamW(value.parameters(), config.value_lr)
+
+
+def fit_value(value, optimizer, inputs, returns, steps):
+    """Steps of AdamW on E[ (r - V(x_t, z, k))^2 ] (Eq. 24) over all rows of a round; returns (N K,) -> that error before the first."""
+    for step in range(steps):
+        error = F.mse_loss(value(*inputs), returns)
+        error.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        first = error.item() if step == 0 else first
+    return first
+
+
+def policy_loss_at(pipe, rollout, advantage, rows, uncond, config):
+    """Objective (8), by the gradient (9), at rows (B,) of a rollout: alpha times Eq. 26, and beta times the KL of the step -> loss, info."""
+    x_prev, mean, sigma = policy(pipe, rollout, rows, uncond, config)
+    loss, info = policy_loss(log_prob(x_prev, mean, sigma).cpu(), rollout.log_probs.flatten()[rows], advantage[rows], config.clip_range)
+    loss = config.alpha * loss
+    if config.beta:
+        loss = loss + config.beta * kl_to_pretrained(pipe, rollout, rows, mean, sigma, uncond, config).mean().cpu()
+    return loss, info
+
+
+# ---------------------------------------------------------------- Algorithm 2: sft
+
+def supervised_data(pipe, prompts, reward_fn, config):
+    """Images drawn once from p_pre, as many and with as many reward queries as the RL run of these settings
+    -> x_0 (M, 4, H, W), cond (P, L, E) of the prompts, the index of each image's prompt (M,), reward (M,), and the last of the rollouts."""
+    x0, which, scores = [], [], []
+    with pretrained(pipe.unet):
+        for epoch in tqdm(range(1, config.epochs + 1), "images of p_pre"):
+            texts, rollout, _ = draw(pipe, prompts, config, epoch)
+            x0.append(rollout.latents[:, -1].clone())  # not a view, which would keep the trajectories
+            which += [prompts.index(text) for text in texts]
+            scores.append(reward_fn(rollout.images, texts))
+    return torch.cat(x0), encode(pipe, prompts), torch.tensor(which), torch.cat(scores), rollout
+
+
+def supervised_loss_at(pipe, data, rng, rows, uncond, config):
+    """KL-O or KL-D at rows (B,) of the data, row = i (K - 1) + k for image i and any step k but the last -> loss, info."""
+    x0, cond, which, reward, rollout = data
+    i, k = rows // (config.steps - 1), rows % (config.steps - 1)
+    t, x0, cond = rollout.timesteps[k].to(pipe.device), x0[i].to(pipe.device), cond[which[i]]
+    x_t = pipe.scheduler.add_noise(x0, torch.randn(x0.shape, generator=rng).to(pipe.device), t)                # q(x_t | x_0)
+    model_output = predict_noise(pipe.unet, x_t, t, cond, uncond, config.guidance)
+    _, sigma = step_distribution(pipe.scheduler, model_output, t, x_t, config.eta)
+    x0_pred, _ = predict_x0(pipe.scheduler, model_output, t, x_t)                                              # f_theta
+    x0_pre = None
+    if not config.kl_d:
+        with torch.no_grad(), pretrained(pipe.unet):
+            x0_pre, _ = predict_x0(pipe.scheduler, predict_noise(pipe.unet, x_t, t, cond, uncond, config.guidance), t, x_t)  # f_pre
+    return supervised_loss(x0_pred, x0, reward[i].to(pipe.device), sigma, config.gamma, x0_pre)
+
+
+# ---------------------------------------------------------------- a run of either
+
+def evaluate(pipe, prompts, config, reward_fn):
+    """Images of each prompt, trained or unseen, from seeds that training has not -> {prompt: (the first two images, reward (n,))}."""
+    unseen, n = load_prompts(config.unseen) if config.unseen else [UNSEEN[prompt] for prompt in prompts if prompt in UNSEEN], config.evaluation_images
+    found = {}
+    for prompt in dict.fromkeys(prompts + unseen):
+        images = sample(pipe, [prompt] * n, config, generators(config.seed, 0, range(n))).images
+        found[prompt] = images[:2], reward_fn(images, [prompt] * n)
+    return found
+
+
+def report(before, after, prompts, folder):
+    """As in Fig. 2 and 3, pre-trained against tuned from the same seeds: mean reward +- standard error of each prompt, on the screen and in
+    evaluation.json; the first images in comparison.png, a row a model."""
+    table, number = [], lambda reward: {"mean": reward.mean().item(), "standard_error": (reward.std() / len(reward)**0.5).item()}
+    for prompt in before:
+        row = {"prompt": prompt, "trained": prompt in prompts, "images": len(before[prompt][1]),
+               "pretrained": number(before[prompt][1]), "tuned": number(after[prompt][1])}
+        table.append(row)
+        print(f"{'trained' if row['trained'] else 'unseen':8s}" + "  ->  ".join(
+            f"{row[model]['mean']:.3f} +- {row[model]['standard_error']:.3f}" for model in ("pretrained", "tuned")) + f"   {prompt}")
+    (folder / "evaluation.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    shown = [[(image, f"{r:.3f} {prompt}") for prompt, (images, reward) in found.items() for image, r in zip(images, reward)][:8]
+             for found in (before, after)]
+    draw_samples(folder / "comparison.png", "above: pre-trained, below: tuned, the same seeds", *zip(*shown[0], *shown[1]), columns=len(shown[0]))
+
+
+def setup(config):
+    """Check everything, then load everything; nothing is written yet -> config for this machine, pipe, prompts, reward, LoRA parameters."""
+    config = dataclasses.replace(config, **{f: str(v) for f, v in vars(config).items() if isinstance(v, Path)})  # a Path is welcome
+    check(config)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    config = dataclasses.replace(config, device=device, precision=config.precision or ("bf16" if bf16 else "fp32"))
+    prompts, reward_fn = load_prompts(config.prompts), rewards.load(config.reward, device, **config.reward_options)
+    pipe = load_pipeline(config)
+    lengths = [len(pipe.tokenizer(prompt).input_ids) for prompt in prompts]
+    if max(lengths) > pipe.tokenizer.model_max_length:
+        print(f"warning: the text encoder reads {pipe.tokenizer.model_max_length} tokens and does not see the end of "
+              f"{prompts[lengths.index(max(lengths))]!r} ({max(lengths)} tokens)", file=sys.stderr)
+    parameters = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))
+    try:
+        sample(pipe, prompts[:1], dataclasses.replace(config, steps=1), generators(config.seed, 0, [0]))  # try it once
+    except Exception as error:  # parts that do not fit together
+        raise ValueError(f"model {config.model!r} draws no image from a text ({first_line(error)}); give a Stable Diffusion 1.x or 2.x") from error
+    if config.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    if config.compile:
+        pipe.unet.compile()
+    return config, pipe, prompts, reward_fn, parameters
+
+
+def train(config):
+    """DPOK, Algorithm 1 or 2 -> the run's folder. Raises ValueError for what cannot work; what was saved by then stays."""
+    config, pipe, prompts, reward_fn, parameters = setup(config)
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    folder, writer = start_run(config)
+    N, K, uncond = config.samples_per_epoch, config.steps, encode(pipe, [""])
+    value, value_optimizer = start_value(pipe, config) if config.value and config.algo == "rl" else (None, None)
+    show_samples(pipe, prompts, config, reward_fn, folder, 0)
+    before = evaluate(pipe, prompts, config, reward_fn)
+    if config.algo == "sft":                                                                   # Algorithm 2: M images of p_pre, once
+        data = supervised_data(pipe, prompts, reward_fn, config)
+        *_, reward, rollout = data
+
+    for epoch in range(1, config.epochs + 1):
+        started, infos, norms, fit = time.time(), [], [], {}
+        if config.algo == "rl":                                                                # Algorithm 1: m trajectories of p_theta
+            texts, rollout, rng = draw(pipe, prompts, config, epoch)
+            reward = reward_fn(rollout.images, texts)                                          # r(x_0, z)
+            returns, states = reward.repeat_interleave(K), value_inputs(pipe, rollout)         # (N K,)
+            advantage = returns - value(*states).detach() if value else returns                # r - V(x_t, z, k) (A.5)
+            if config.advantage_clip:
+                advantage = advantage.clamp(-config.advantage_clip, config.advantage_clip)
+            count, loss_at = N * K, functools.partial(policy_loss_at, pipe, rollout, advantage)
+        else:
+            rng = generators(config.seed, config.epochs + epoch, [0])[0]
+            count, loss_at = len(reward) * (K - 1), functools.partial(supervised_loss_at, pipe, data, rng)
+        for update in range(config.updates_per_epoch):
+            rows = torch.randint(count, (config.update_batch,), generator=rng)                 # n rows, any sample at any step
+            for chunk in tqdm(rows.split(config.batch), f"update {update + 1}", leave=False):
+                loss, info = loss_at(chunk, uncond, config)
+                (loss * len(chunk) / len(rows)).backward()
+                infos.append((update, len(chunk), info))
+            norms.append(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        if value:
+            fit["value_error"] = fit_value(value, value_optimizer, states, returns, config.value_steps)
+        row = {"epoch": epoch, "reward_queries": len(reward) if config.algo == "sft" else epoch * N, "reward_mean": reward.mean().item(),
+               "reward_std": reward.std(correction=0).item(), **averages(infos), **fit, "kl": mean_kl(pipe, rollout, uncond, config, rng),
+               "grad_norm": sum(norms) / len(norms), "seconds": time.time() - started, "memory_gb": peak_memory(config.device)}
+        done = watch(row, config) or epoch == config.epochs
+        log_epoch(folder, row, writer)
+        if done or epoch % config.save_every == 0:
+            save_lora(pipe.unet, folder / "lora")
+        if done or epoch % config.sample_every == 0:
+            show_samples(pipe, prompts, config, reward_fn, folder, epoch)
+        if done:
+            break
+    report(before, evaluate(pipe, prompts, config, reward_fn), prompts, folder)
+    draw_progress(folder)
+    return folder
+
+
+# ---------------------------------------------------------------- the command line
+
+def read_settings(file):
+    """The settings in a JSON file. Raises ValueError."""
+    try:
+        settings = json.loads((rewards.find(file) or Path(file)).read_text(encoding="utf-8"))
+        Config(**settings)
+        return settings
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"config {str(file)!r} cannot be used ({error}); give a JSON object of settings, such as a run's config.json") from error
+
+
+def parse(argv):
+    """Command line -> Config: defaults, then a --config file, then flags. With neither CUDA nor a model named, shapes/ comes first."""
+    script = Path(__file__).stem
+    parser = argparse.ArgumentParser(f"{script}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", metavar="FILE.json", help="settings to start from, such as a run's config.json; flags override them")
+    for f in dataclasses.fields(Config):
+        group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
+        kind = {"type": f.type, "metavar": "|".join(filter(None, f.metadata["choices"] or ())) or f.type.__name__.upper()}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif f.type is dict:
+            kind = {"nargs": "+", "metavar": "KEY=VALUE"}
+        default = "" if f.default in ("", False, dataclasses.MISSING) else f" (default {f.default})"
+        group.add_argument(f"--{f.name}", help=f.metadata["help"].replace("%", "%%") + default, **kind)
+    flags = vars(parser.parse_args(argv))
+    if "reward_options" in flags:
+        pairs = [option.partition("=") for option in flags["reward_options"]]
+        if not all(name.isidentifier() and equals for name, equals, _ in pairs):
+            parser.error(f"reward_options {' '.join(flags['reward_options'])!r} must be of the form key=value key=value")
+        flags["reward_options"] = {name: value for name, _, value in pairs}
+    settings = (read_settings(flags.pop("config")) if "config" in flags else {}) | flags
+    if "model" not in settings and not str(settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
+        print(f"no CUDA GPU in use: running the small model in shapes/ with shapes/{script}.json; --model names another")
+        here = Path(__file__).resolve().parent
+        embedded = read_settings(here / "shapes" / f"{script}.json")
+        settings = {name: str(here / v) if type(v) is str and (here / v).exists() else v for name, v in embedded.items()} | settings
+    return Config(**Config.implied(settings) | settings)
+
+
+def main(argv=None):
+    """Exit status 0, or 2 with the reason as the last line of stderr."""
+    try:
+        folder = train(parse(argv))
+    except SystemExit as stop:  # argparse has printed its help or its error
+        return stop.code
+    except ValueError as error:
+        print("dpok.py: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    print(f"{folder}: comparison.png and progress.png show what changed, log.csv how, lora/ loads in diffusers")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

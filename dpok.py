@@ -16,7 +16,9 @@ What differs from the paper or from the released code, and why:
 - An update sees rows of its own round. The released code keeps 1,000, two rounds, half of which have a ratio off 1 from the start.
 - Rows an update: 32, the paper's, not the code's 48. Weight decay: 0.01, AdamW's default, which the paper says it uses; the code has 0.
 - Steps, guidance, eta and rank are not in the paper but in the code. V is fitted after the policy, on all rows once, so that it has not seen
-  the rewards it is subtracted from (the code: before, on 1,280 random rows); its text input is the pooled embedding without a projection.
+  the rewards it is subtracted from (the code: before, on 1,280 random rows), but before the first round's first update too: with an
+  untrained V that gradient is large and blind, and AdamW's second moment keeps later steps short for it. V's text input is the pooled
+  embedding without a projection.
 - sft, for which no code was released: t is uniform on the sampler's steps but the last, sigma the sampler's, f the guided prediction; as many
   updates as rl (the paper: 8,000, not 10,000). (12) holds only with twice gamma in its second term; (13) drops the factor that turns the
   error of x_0 into that of the step's mean.
@@ -728,6 +730,8 @@ def train(config):
             texts, rollout, rng = draw(pipe, prompts, config, epoch)
             reward = reward_fn(rollout.images, texts)                                          # r(x_0, z)
             returns, states = reward.repeat_interleave(K), value_inputs(pipe, rollout)         # (N K,)
+            if value and epoch == 1:                                                           # untrained, V is no baseline yet
+                fit_value(value, value_optimizer, states, returns, config.value_steps)
             advantage = returns - value(*states).detach() if value else returns                # r - V(x_t, z, k) (A.5)
             if config.advantage_clip:
                 advantage = advantage.clamp(-config.advantage_clip, config.advantage_clip)

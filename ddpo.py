@@ -60,7 +60,7 @@ def setting(default, help, group=None, zero=False, choices=None):
 class Config:
     """Settings of a run. The defaults are what the authors published for LoRA (ddpo-pytorch, config/dgx.py); "paper" and "code" say which."""
     model: str = setting("CompVis/stable-diffusion-v1-4", "hub id or folder of a Stable Diffusion pipeline; paper: v1.4", "task")
-    reward: str = setting("jpeg", "jpeg, incompressibility or path/to/file.py:function")
+    reward: str = setting("jpeg", "jpeg, incompressibility, aesthetic, imagereward, llava or path/to/file.py:function")
     reward_options: dict = setting(dict, "passed on to the reward")
     prompts: str = setting("animals", "animals (45), activities (45 x 3), counting (n animals), a text file, or a prompt of several words; paper: ImageNet's 398 animals for JPEG, animals for aesthetic, activities for alignment")
     algo: str = setting("is", "DDPO_IS (clipped, several updates an epoch) or DDPO_SF (one update); paper: both", choices=("is", "sf"))

@@ -66,7 +66,7 @@ def setting(default, help, group=None, zero=False, choices=None):
 class Config:
     """Settings of a run. The defaults are those for one prompt: the paper's (section 5.2, appendix B), or where it has none the released code's."""
     model: str = setting("stable-diffusion-v1-5/stable-diffusion-v1-5", "hub id or folder of a Stable Diffusion pipeline; paper: v1.5", "task")
-    reward: str = setting("imagereward", "imagereward (not yet here), jpeg, incompressibility or path/to/file.py:function; paper: ImageReward")
+    reward: str = setting("imagereward", "imagereward, aesthetic, llava, jpeg, incompressibility or path/to/file.py:function; paper: ImageReward")
     reward_options: dict = setting(dict, "passed on to the reward")
     prompts: str = setting("color", "color, count, composition, location, roses (the paper's), shapes (four for the small model), a text file, or a prompt of several words")
     unseen: str = setting("", "prompts that are evaluated but never trained on, given like --prompts; default: the partners of known prompts (Fig. 10)")

@@ -1,31 +1,44 @@
 """Black-box rewards r(x_0, c) for ddpo.py and dpok.py: images and prompts in, one number an image out, higher is better.
 
-    reward = rewards.load("jpeg")          # or "incompressibility", or "path/to/file.py:function"
-    reward(images, prompts)                # list of PIL images, list of str -> float32 tensor (N,)
+    reward = rewards.load("aesthetic", "cuda")   # jpeg, incompressibility, aesthetic, imagereward, llava, or "path/to/file.py:function"
+    reward(images, prompts)                      # list of PIL images, list of str -> float32 tensor (N,)
 
 The policy-gradient methods need no gradient of the reward, so it may be anything that looks at the finished image: a file size, a
 model's opinion, your own function. A file given as `path/to/file.py:function` is run as it is: read it first if it came from a stranger.
+
+The models are the papers' own checkpoints on today's transformers. Wherever a class below takes a hub id, it also takes a folder that holds the
+same files: `--reward_options clip=FOLDER head=FOLDER`. Weights are read as safetensors or with weights_only=True.
 """
 import functools
 import importlib.util
 import inspect
 import io
+import json
 import os
+import re
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from torch import nn
+from transformers.utils import cached_file
+
+
+def as_jpeg(image, quality):
+    """The bytes of a PIL image of any mode as a JPEG file, in memory."""
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "JPEG", quality=quality)
+    return file
 
 
 def jpeg_size(images):
     """Size of each image as a JPEG file in kB (1000 bytes), quality 95 as in the authors' code (DDPO section 5.1, which gives none)."""
-    sizes = []
-    for image in images:
-        file = io.BytesIO()
-        image.convert("RGB").save(file, "JPEG", quality=95)
-        sizes.append(file.tell() / 1000)
-    return torch.tensor(sizes)
+    return torch.tensor([len(as_jpeg(image, 95).getvalue()) / 1000 for image in images])
 
 
 def jpeg(images, prompts):
@@ -38,8 +51,208 @@ def incompressibility(images, prompts):
     return jpeg_size(images)
 
 
-REWARDS = {"jpeg": jpeg, "incompressibility": incompressibility}
+# ---------------------------------------------------------------- reading checkpoints
 
+@contextmanager
+def loading(what, source, option):
+    """Whatever goes wrong inside becomes one line that says which option takes another source."""
+    try:
+        yield
+    except Exception as error:  # a hub, a file system, a foreign format: each has its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{what} of {source!r} cannot be loaded ({reason}); with a network a hub id will do, otherwise name a folder that "
+                         f"holds it: --reward_options {option}=FOLDER") from error
+
+
+def pretrained(kind, source, option, unused="", **options):
+    """kind.from_pretrained(source), frozen. No key may be missing, and every key of the checkpoint must be used or match `unused`; None for any."""
+    transformers.logging.set_verbosity_error()
+    with loading("model", source, option):
+        model, info = kind.from_pretrained(source, output_loading_info=True, **options)
+        left_over = [key for key in info["unexpected_keys"] if unused is None or not re.fullmatch(unused, key)]
+        if left_over and unused is None:
+            print(f"{source}: {len(left_over)} weights are not used, beginning with {left_over[0]}", file=sys.stderr)
+        complain(info["missing_keys"], left_over if unused is not None else (), info["mismatched_keys"])
+    return model.eval().requires_grad_(False)
+
+
+def complain(missing, left_over, mismatched=()):
+    for keys, fault in ((missing, "lacks"), (left_over, "has the unknown"), (mismatched, "has a wrong shape for")):
+        if keys:
+            raise ValueError(f"the checkpoint {fault} {sorted(map(str, keys))[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
+
+
+def reads(tokenizer):
+    """The tokenizer, unless it came without its vocabulary, which transformers does not mind."""
+    if set(tokenizer("the").input_ids) <= set(tokenizer.all_special_ids):
+        raise ValueError("the vocabulary is missing")
+    return tokenizer
+
+
+def read(source, file):
+    """A state dict saved by torch.save, from a hub id or a folder."""
+    return torch.load(cached_file(source, file), map_location="cpu", weights_only=True)
+
+
+def fill(module, weights):
+    """Load a state dict in full, freeze. Raises ValueError for a key too few or too many, or of another shape."""
+    mine = module.state_dict()
+    complain(mine.keys() - weights.keys(), weights.keys() - mine.keys(), [k for k in mine if k in weights and mine[k].shape != weights[k].shape])
+    module.load_state_dict(weights)
+    return module.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- rewards that are models
+
+def clip_pixels(images):
+    """As CLIP and ImageReward see images: RGB, the shorter side 224 (bicubic), its middle, CLIP's mean and deviation -> (N, 3, 224, 224).
+    By Pillow, as the originals did; image processors of transformers resize differently once torchvision is installed."""
+    pixels = []
+    for image in images:
+        image = image.convert("RGB")
+        image = image.resize([224 * side // min(image.size) for side in image.size], Image.Resampling.BICUBIC)
+        left, top = (round((side - 224) / 2) for side in image.size)
+        image = image.crop((left, top, left + 224, top + 224))
+        pixels.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(224, 224, 3).permute(2, 0, 1) / 255)
+    mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]).view(2, 3, 1, 1)
+    return (torch.stack(pixels) - mean) / std
+
+
+def five_layers():
+    """The head of the aesthetic score and of ImageReward: five linear layers without activations; Identity where training had dropout."""
+    return nn.Sequential(nn.Linear(768, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity(), nn.Linear(128, 64), nn.Identity(),
+                         nn.Linear(64, 16), nn.Linear(16, 1))
+
+
+def part(weights, prefix):
+    """What lies under `prefix`, without it."""
+    return {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
+
+
+def whole(option, value):
+    """An option as a number above 0; from the command line it comes as text."""
+    if not str(value).isdecimal() or int(value) == 0:
+        raise ValueError(f"reward_options {option}={value} must be a whole number above 0")
+    return int(value)
+
+
+def in_batches(score, batch, *lists):
+    return torch.cat([score(*(items[i:i + batch] for items in lists)) for i in range(0, len(lists[0]), batch)])
+
+
+class Aesthetic:
+    """LAION's aesthetic score, about 1 to 10 (DDPO section 5.1): CLIP ViT-L/14's embedding at length 1, and a linear head trained on people's
+    ratings. The prompt is not looked at. Gamed by a style of its liking, whatever the subject."""
+
+    def __init__(self, device="cpu", clip="openai/clip-vit-large-patch14", head="trl-lib/ddpo-aesthetic-predictor", batch=32):
+        self.clip = pretrained(transformers.CLIPVisionModelWithProjection, clip, "clip",
+                               r"text_model\..*|text_projection\..*|logit_scale|.*position_ids").to(device)
+        with loading("aesthetic-model.pth", head, "head"):
+            self.head = fill(five_layers(), {key.removeprefix("layers."): tensor for key, tensor in read(head, "aesthetic-model.pth").items()}).to(device)
+        self.device, self.batch = device, whole("batch", batch)
+
+    def __call__(self, images, prompts):
+        def score(images):
+            embedding = self.clip(pixel_values=clip_pixels(images).to(self.device)).image_embeds
+            return self.head(embedding / embedding.norm(dim=-1, keepdim=True))[:, 0]
+        return in_batches(score, self.batch, images)
+
+
+class ImageReward:
+    """ImageReward (Xu et al., arXiv:2304.05977), DPOK's reward: BLIP reads the prompt with the image in its cross-attention, and a head trained on
+    people's preferences scores the first token, [CLS]; mean 0 and deviation 1 on its own data. Gamed by over-saturated colours (DPOK section 5.3)."""
+
+    names = (("^norm", "post_layernorm"), ("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding"),
+             ("patch_embed.proj", "embeddings.patch_embedding"), ("^blocks", "encoder.layers"), (r"\.norm", ".layer_norm"),
+             (r"attn\.qkv", "self_attn.qkv"), (r"attn\.proj", "self_attn.projection"))  # of the vision model: timm's, transformers'
+
+    def __init__(self, device="cpu", source="zai-org/ImageReward", tokenizer="google-bert/bert-base-uncased", heads=16, batch=32):
+        """heads: attention heads of the vision model (ViT-L), which no file of the checkpoint names."""
+        with loading("tokenizer", tokenizer, "tokenizer"):
+            self.tokenizer = reads(transformers.BertTokenizer.from_pretrained(tokenizer))
+        with loading("ImageReward.pt or med_config.json", source, "source"):
+            text = json.loads(Path(cached_file(source, "med_config.json")).read_text(encoding="utf-8"))
+            text = {key: text[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "layer_norm_eps")}
+            weights = read(source, "ImageReward.pt")
+            weights = {key: tensor for key, tensor in weights.items()  # those that only BLIP's own training used are left out
+                       if not key.startswith(("blip.vision_proj.", "blip.text_proj.")) and not key.endswith("position_ids")}
+            complain((), [key for key in weights if not key.startswith(("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."))])
+            vision, words = part(weights, "blip.visual_encoder."), part(weights, "blip.text_encoder.")
+            for old, new in self.names:
+                vision = {re.sub(old, new, key): tensor for key, tensor in vision.items()}
+            width = vision["embeddings.class_embedding"].shape[-1]
+            self.vision = fill(transformers.BlipVisionModel(transformers.BlipVisionConfig(
+                hidden_size=width, intermediate_size=4 * width, num_attention_heads=whole("heads", heads), image_size=224, patch_size=16, layer_norm_eps=1e-6,
+                num_hidden_layers=sum(key.endswith("qkv.weight") for key in vision))), vision).to(device)
+            self.text = fill(transformers.BlipTextModel(transformers.BlipTextConfig(
+                **text, vocab_size=len(words["embeddings.word_embeddings.weight"]), encoder_hidden_size=width), add_pooling_layer=False), words).to(device)
+            self.head = fill(five_layers(), part(weights, "mlp.layers.")).to(device)
+        self.device, self.batch = device, whole("batch", batch)
+
+    def __call__(self, images, prompts):
+        def score(images, prompts):
+            seen = self.vision(clip_pixels(images).to(self.device)).last_hidden_state
+            texts = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt").to(self.device)
+            tokens = self.text(texts.input_ids, attention_mask=texts.attention_mask, encoder_hidden_states=seen).last_hidden_state
+            return (self.head(tokens[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
+        return in_batches(score, self.batch, images, prompts)
+
+
+class Alignment:
+    """llava: prompt alignment (DDPO section 5.1). A vision-language model says what it sees, and BERTScore's recall says how much of the prompt is in
+    its answer. Gamed by text in the image that the model reads out (DDPO appendix A)."""
+
+    question, reference = "Answer concisely: what is going on in this image?", "The image contains {}"  # the released code's
+
+    def __init__(self, device="cpu", vlm="llava-hf/llava-1.5-7b-hf", bert="microsoft/deberta-xlarge-mnli", layer=40, batch=16):
+        """vlm: any image-text-to-text model with a chat template; half precision on a GPU, as the authors' 13B. layer: of the BERT's 48, the one whose
+        output is compared."""
+        layer = whole("layer", layer)
+        above = "|".join(map(str, range(layer, 99)))
+        self.bert = pretrained(transformers.AutoModel, bert, "bert", rf"(\w+\.)?(encoder\.layer\.({above})\.|pooler\.|embeddings\.position_ids).*|classifier\..*",
+                               num_hidden_layers=layer).to(device)
+        with loading("tokenizer", bert, "bert"):
+            self.tokenizer = reads(transformers.AutoTokenizer.from_pretrained(bert))
+        self.vlm = pretrained(transformers.AutoModelForImageTextToText, vlm, "vlm", None,
+                              dtype=torch.float16 if str(device).startswith("cuda") else torch.float32).to(device)
+        with loading("processor", vlm, "vlm"):
+            self.processor = transformers.AutoProcessor.from_pretrained(vlm)
+            reads(self.processor.tokenizer).padding_side = "left"  # so that every answer begins at the same place
+            self.prompt = self.processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.question}]}], add_generation_prompt=True)
+        self.device, self.batch = device, whole("batch", batch)
+
+    def answer(self, images):
+        """What the model sees in each image, after JPEG compression at quality 80 (the released code's) -> list of str."""
+        inputs = self.processor(images=[Image.open(as_jpeg(image, 80)) for image in images], text=[self.prompt] * len(images), return_tensors="pt",
+                                padding=True).to(self.device, self.vlm.dtype)
+        tokens = self.vlm.generate(**inputs, do_sample=False, max_new_tokens=64)
+        return self.processor.batch_decode(tokens[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
+
+    def embed(self, texts):
+        """-> unit vectors of every token (B, L, E), which are tokens (B, L), which count as words (B, L): not [CLS], not [SEP]."""
+        inputs = self.tokenizer([text.strip() for text in texts], padding=True, truncation=True, max_length=512, return_tensors="pt").to(self.device)
+        ids, mask = inputs.input_ids, inputs.attention_mask.bool()
+        vectors = self.bert(ids, attention_mask=inputs.attention_mask).last_hidden_state
+        return F.normalize(vectors, dim=-1), mask, mask & (ids != self.tokenizer.cls_token_id) & (ids != self.tokenizer.sep_token_id)
+
+    def recall(self, answers, references):
+        """BERTScore recall (Zhang et al., arXiv:1904.09675, R_BERT): each word of the reference finds its most similar token in the
+        answer; the mean of the similarities. Without idf weights and rescaling; an answer without words scores 0. -> (B,)"""
+        a, tokens, words = self.embed(answers)
+        b, _, wanted = self.embed(references)
+        best = (b @ a.transpose(1, 2)).masked_fill(~tokens[:, None], -1).amax(2)
+        return (best * wanted).sum(1) / wanted.sum(1) * words.any(1)
+
+    def __call__(self, images, prompts):
+        return in_batches(lambda images, prompts: self.recall(self.answer(images), [self.reference.format(prompt) for prompt in prompts]),
+                          self.batch, images, prompts)
+
+
+REWARDS = {"jpeg": jpeg, "incompressibility": incompressibility, "aesthetic": Aesthetic, "imagereward": ImageReward, "llava": Alignment}
+
+
+# ---------------------------------------------------------------- finding, checking and calling a reward
 
 def find(path):
     """A file or folder given relative to the working folder or, failing that, to the folder of these scripts; None if in neither."""
@@ -78,11 +291,12 @@ def load(name, device="cpu", **options):
             function = getattr(module, attribute)
         except (Exception, SystemExit) as error:  # whatever that file does
             raise ValueError(f"reward file {path!r} fails when it is run ({where(error)}); correct it") from error
+    model = inspect.isclass(function)
     try:
-        inspect.signature(function).bind([], [], **options)
+        inspect.signature(function).bind(*(() if model else ([], [])), **options)
     except TypeError as error:
         raise ValueError(f"reward {name!r} cannot be called with images, prompts and the reward_options {options} ({error}); correct them") from error
-    return functools.partial(score, functools.partial(function, **options), name)
+    return functools.partial(score, function(device=device, **options) if model else functools.partial(function, **options), name)
 
 
 def where(error):

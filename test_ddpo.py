@@ -9,24 +9,30 @@ import ast
 import copy
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributions import Normal, kl_divergence
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import ddpo
 import dpok
@@ -606,7 +612,7 @@ def test_a_run_of_dpok_leaves_its_folder_and_its_evaluation(algo, kl_d, config, 
 
 def test_two_rounds_of_dpok_are_algorithm_1_done_one_row_at_a_time(config):
     """Eight samples, three steps, two updates a round of twelve random rows: alpha times the clipped ratio times r - V, beta times the step's
-    KL, V fitted between the rounds. The clip is wide and the norm uncut, so that every factor shows; plain weights, so does their decay."""
+    KL, V fitted before the first round's updates and after each round's. The clip is wide and the norm uncut, so that every factor shows; plain weights, so does their decay."""
     c = dpok_config(config, epochs=2, alpha=3.0, beta=0.5, clip_range=0.05, max_grad_norm=1e9, weight_decay=0.5, lr=3e-3, value_lr=1e-2, sample_every=9)
     trained, pipe = dpok.train(c), dpok.load_pipeline(c)
     parameters = dpok.add_lora(pipe.unet, c.rank, torch.Generator().manual_seed(c.seed))
@@ -615,6 +621,9 @@ def test_two_rounds_of_dpok_are_algorithm_1_done_one_row_at_a_time(config):
     for epoch in (1, 2):
         texts, rollout, rng = dpok.draw(pipe, ["Four wolves in the park"], c, epoch)
         reward, states = rewards.load("jpeg")(rollout.images, texts), dpok.value_inputs(pipe, rollout)
+        if epoch == 1:
+            (value(*states) - reward.repeat_interleave(3)).square().mean().backward()
+            value_optimizer.step()
         before = copy.deepcopy(value)
         for _ in range(2):
             for row in torch.randint(24, (12,), generator=rng):
@@ -721,6 +730,265 @@ def test_images_and_prompts_must_be_as_many():
     for images, prompts in (([noise()], []), ([], [])):
         with pytest.raises(ValueError, match="prompts"):
             rewards.load("jpeg")(images, prompts)
+
+
+# ---------------------------------------------------------------- rewards that are models, on small checkpoints in the originals' own formats
+
+def fill(key, shape, gain=3.0):
+    """Weights from integers alone, the same on every version of torch: those that the recorded scores belong to."""
+    i = torch.arange(math.prod(shape)) + zlib.crc32(key.encode()) % 1_000_003
+    x = ((i * i % 65521 * 7919 + i * 104729) % 65521).double() / 65521 - 0.5
+    x = x * gain / math.prod(shape[1:]) ** 0.5 if len(shape) > 1 else x / 2 + (1 if "norm" in key.lower() and key.endswith("weight") else 0)
+    return x.float().reshape(shape)
+
+
+def pattern(k):
+    y, x, c = torch.meshgrid(torch.arange(96), torch.arange(96), torch.arange(3), indexing="ij")
+    return Image.fromarray(((x * x * (k + 1) // 7 + y * y * (c + 1) // 5 + x * y * k // 3 + 40 * c * k) % 256).to(torch.uint8).numpy())
+
+
+def layer(name, outputs, *inputs):
+    """The shapes of a layer's weight and bias."""
+    return {f"{name}.weight": (outputs, *inputs), f"{name}.bias": (outputs,)}
+
+
+def head(prefix):
+    sizes = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    return {prefix + key.removeprefix("mlp."): fill(key, shape, 6.0) for i, size in sizes.items() for key, shape in layer(f"mlp.layers.{i}", *size).items()}
+
+
+def write_aesthetic(folder):
+    clip = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, patch_size=14, image_size=224, projection_dim=768))
+    clip.load_state_dict({key: fill(key, tensor.shape) for key, tensor in clip.state_dict().items()})
+    clip.save_pretrained(folder)
+    torch.save(head(""), folder / "aesthetic-model.pth")
+    return {"clip": str(folder), "head": str(folder)}
+
+
+def write_imagereward(folder):
+    vision = {"cls_token": (1, 1, 64), "pos_embed": (1, 197, 64)} | layer("patch_embed.proj", 64, 3, 16, 16) | layer("norm", 64)
+    text = {"embeddings.word_embeddings.weight": (21, 768), "embeddings.position_embeddings.weight": (512, 768)} | layer("embeddings.LayerNorm", 768)
+    for i in range(2):
+        for name, *size in (("norm1", 64), ("attn.qkv", 192, 64), ("attn.proj", 64, 64), ("norm2", 64), ("mlp.fc1", 256, 64), ("mlp.fc2", 64, 256)):
+            vision |= layer(f"blocks.{i}.{name}", *size)
+        for name, size in (("attention", 768), ("crossattention", 64)):
+            for part, width in (("self.query", 768), ("self.key", size), ("self.value", size), ("output.dense", 768)):
+                text |= layer(f"encoder.layer.{i}.{name}.{part}", 768, width)
+            text |= layer(f"encoder.layer.{i}.{name}.output.LayerNorm", 768)
+        for name, *size in (("intermediate.dense", 128, 768), ("output.dense", 768, 128), ("output.LayerNorm", 768)):
+            text |= layer(f"encoder.layer.{i}.{name}", *size)
+    shapes = {f"visual_encoder.{key}": shape for key, shape in vision.items()} | {f"text_encoder.{key}": shape for key, shape in text.items()}
+    shapes |= layer("vision_proj", 256, 64) | layer("text_proj", 256, 768)
+    weights = {key: fill(key, shape) for key, shape in ((f"blip.{key}", shape) for key, shape in shapes.items())} | head("mlp.")
+    torch.save(weights | {"blip.text_encoder.embeddings.position_ids": torch.arange(512)[None]}, folder / "ImageReward.pt")
+    (folder / "med_config.json").write_text(json.dumps({"hidden_size": 768, "intermediate_size": 128, "num_attention_heads": 12, "vocab_size": 30524,
+                                                        "num_hidden_layers": 2, "layer_norm_eps": 1e-12, "encoder_width": 768, "model_type": "bert"}))
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a dog cat riding bike ##s ! chess playing the of , on wolf"
+    (folder / "vocab.txt").write_text(words.replace(" ", "\n") + "\n")
+    return {"source": str(folder), "tokenizer": str(folder), "heads": "4"}
+
+
+def write_bert(folder):
+    shapes = layer("classifier", 2, 32) | layer("pooler.dense", 32, 32) | layer("deberta.embeddings.LayerNorm", 32)
+    shapes |= {"deberta.embeddings.word_embeddings.weight": (261, 32), "deberta.encoder.rel_embeddings.weight": (1024, 32)}
+    for i in range(4):
+        for name, *size in (("attention.self.pos_q_proj", 32, 32), ("attention.output.dense", 32, 32), ("attention.output.LayerNorm", 32),
+                            ("intermediate.dense", 64, 32), ("output.dense", 32, 64), ("output.LayerNorm", 32)):
+            shapes |= layer(f"deberta.encoder.layer.{i}.{name}", *size)
+        for name, *size in (("q_bias", 32), ("v_bias", 32), ("in_proj.weight", 96, 32), ("pos_proj.weight", 32, 32)):
+            shapes[f"deberta.encoder.layer.{i}.attention.self.{name}"] = size
+    weights = {key: fill(key, shape, 6.0) for key, shape in shapes.items()}
+    torch.save(weights | {"deberta.embeddings.position_ids": torch.arange(512)[None]}, folder / "pytorch_model.bin")
+    transformers.DebertaConfig(
+        vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, relative_attention=True,
+        pos_att_type="c2p|p2c", position_biased_input=False, type_vocab_size=0).save_pretrained(folder)
+    vocabulary = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *sorted(bytes_to_unicode().values()), "[MASK]"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "DebertaTokenizer"}')
+
+
+def write_llava(folder):
+    """A random LLaVA that reads and writes a few words, and the BERT of the recorded scores."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:", *"a dog is riding bike the wolf cat red".split()]
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                                     additional_special_tokens=["<image>"])
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**sizes, patch_size=14, image_size=28), image_token_index=4,
+        text_config=transformers.LlamaConfig(**sizes, vocab_size=16, pad_token_id=0))).save_pretrained(folder)
+    transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}), tokenizer, patch_size=14,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template="{% for m in messages %}USER: {% for c in m['content'] %}"
+        "{{ '<image> ' if c['type'] == 'image' else c['text'] }} {% endfor %}{% endfor %}ASSISTANT:").save_pretrained(folder)
+    (folder / "bert").mkdir()
+    write_bert(folder / "bert")
+    return {"vlm": str(folder), "bert": str(folder / "bert"), "layer": "3"}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """The options with which each reward model takes its small checkpoint."""
+    return {name: write(tmp_path_factory.mktemp(name)) for name, write in
+            (("aesthetic", write_aesthetic), ("imagereward", write_imagereward), ("llava", write_llava))}
+
+
+@pytest.mark.parametrize("batch", ["32", "1"])
+def test_the_aesthetic_score_is_the_originals(batch, checkpoints):
+    """Recorded from the DDPO authors' AestheticScorer on this checkpoint."""
+    found = rewards.load("aesthetic", **checkpoints["aesthetic"], batch=batch)([pattern(0), pattern(1)], ["a", "b"])
+    torch.testing.assert_close(found, torch.tensor([-2.1095240116119385, -1.9920618534088135]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("batch", ["32", "1"])
+def test_imagereward_is_the_originals(batch, checkpoints):
+    """Recorded from image-reward 1.5 on this checkpoint; prompts of two lengths."""
+    prompts = ["a dog riding a bike!"] * 2 + ["cats, dogs playing chess"] * 2
+    found = rewards.load("imagereward", **checkpoints["imagereward"], batch=batch)([pattern(0), pattern(1)] * 2, prompts)
+    recorded = torch.tensor([22.340423583984375, 21.866846084594727, 23.61871910095215, 22.268911361694336])
+    torch.testing.assert_close(found, recorded, atol=1e-4, rtol=0)
+
+
+def test_imagereward_reads_35_tokens(checkpoints):
+    """[CLS], 33 words, [SEP]."""
+    words = "a dog of the wolf ".split() * 20
+    of_all, of_33, of_32 = rewards.load("imagereward", **checkpoints["imagereward"])([pattern(0)] * 3, [" ".join(words[:n]) for n in (100, 33, 32)])
+    assert abs(of_all - of_33) < 1e-4 < abs(of_all - of_32)
+
+
+def test_recall_is_bert_scores(checkpoints):
+    """Recorded from bert-score 0.3.13 on this checkpoint; an answer of no words scores 0."""
+    model = rewards.Alignment(**checkpoints["llava"])
+    answers, prompts = ["A dog is riding a bike.", "  a cat  ", ""], ["a dog riding a bike", "a cat washing dishes", "a bat"]
+    found = model.recall(answers, [model.reference.format(prompt) for prompt in prompts])
+    torch.testing.assert_close(found, torch.tensor([0.8923895955085754, 0.7223544716835022, 0.0]), atol=1e-5, rtol=0)
+
+
+def test_the_alignment_reward_is_the_recall_of_the_prompt_in_the_answer(checkpoints, monkeypatch):
+    """Each image gets its own answer, whatever batch it is in, after the JPEG at quality 80 that the authors' server was sent."""
+    model, images, prompts = rewards.Alignment(**checkpoints["llava"], batch=2), [pattern(0), noise(), pattern(2)], ["a dog", "a cat", "a bat"]
+    answers = model.answer(images)
+    assert answers == [model.answer([image])[0] for image in images] and len(set(answers)) > 1 and all(len(a.split()) <= 64 for a in answers)
+    expected = model.recall(answers, ["The image contains a dog", "The image contains a cat", "The image contains a bat"])
+    torch.testing.assert_close(model(images, prompts), expected, atol=1e-5, rtol=0)
+    seen = []
+    monkeypatch.setattr(model, "processor", lambda images, **_: seen.extend(images) or {}[0])
+    with pytest.raises(KeyError):
+        model.answer([noise()])
+    file = io.BytesIO()
+    noise().save(file, "JPEG", quality=80)
+    assert np.array_equal(np.asarray(seen[0]), np.asarray(Image.open(file))) and "what is going on in this image?" in model.prompt
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "imagereward", "llava"])
+def test_model_rewards_take_images_of_any_size_and_mode(name, checkpoints):
+    images = [Image.new("RGBA", (300, 40), "red"), Image.new("L", (17, 64)), Image.new("P", (64, 64)), Image.new("CMYK", (224, 225))]
+    found = rewards.load(name, **checkpoints[name])(images, ["a dog"] * 4)
+    assert found.shape == (4,) and found.dtype == torch.float32 and found.device.type == "cpu" and not found.requires_grad
+
+
+def test_clip_pixels_are_the_middle_of_the_image_with_its_shorter_side_at_224():
+    image = Image.new("RGB", (600, 300), "black")
+    image.paste((255, 0, 0), (150, 0, 450, 300))  # its middle square is red
+    pixels = rewards.clip_pixels([image])
+    assert pixels.shape == (1, 3, 224, 224)
+    red = (torch.tensor([1.0, 0, 0]) - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    torch.testing.assert_close(pixels[0, :, 2:-2, 2:-2], red.view(3, 1, 1).expand(3, 220, 220))
+
+
+DAMAGED = [  # reward, file, what happens to it, what the error names
+    ("aesthetic", "aesthetic-model.pth", "truncated", "aesthetic-model.pth"), ("aesthetic", "aesthetic-model.pth", "gone", "aesthetic-model.pth"),
+    ("aesthetic", "aesthetic-model.pth", "layers.4.bias", "lacks 4.bias"), ("aesthetic", "aesthetic-model.pth", "+layers.8.bias", "unknown 8.bias"),
+    ("aesthetic", "model.safetensors", "truncated", "clip=FOLDER"), ("aesthetic", "model.safetensors", "+vision_model.other", "unknown vision_model.other"),
+    ("aesthetic", "model.safetensors", "visual_projection.weight", "lacks visual_projection.weight"),
+    ("imagereward", "ImageReward.pt", "truncated", "ImageReward.pt"), ("imagereward", "ImageReward.pt", "foreign", "ImageReward.pt"),
+    ("imagereward", "ImageReward.pt", "blip.text_encoder.encoder.layer.1.output.dense.bias", "lacks encoder.layer.1.output.dense.bias"),
+    ("imagereward", "ImageReward.pt", "+blip.visual_encoder.blocks.0.other", "unknown encoder.layers.0.other"),
+    ("imagereward", "ImageReward.pt", "+blip.other", "unknown blip.other"), ("imagereward", "ImageReward.pt", "mlp.layers.7.bias", "lacks 7.bias"),
+    ("imagereward", "med_config.json", "truncated", "med_config.json"), ("imagereward", "vocab.txt", "gone", "tokenizer=FOLDER"),
+    ("llava", "bert/pytorch_model.bin", "truncated", "bert=FOLDER"), ("llava", "model.safetensors", "truncated", "vlm=FOLDER"),
+    ("llava", "bert/pytorch_model.bin", "+deberta.encoder.layer.2.other", "unknown deberta.encoder.layer.2.other"),
+    ("llava", "bert/pytorch_model.bin", "deberta.encoder.layer.2.output.dense.bias", "lacks encoder.layer.2.output.dense.bias"),
+    ("llava", "model.safetensors", "language_model.model.norm.weight", "norm.weight"), ("llava", "processor_config.json", "gone", "vlm=FOLDER"),
+    ("llava", "bert/vocab.json", "gone", "bert=FOLDER"), ("llava", "tokenizer.json", "gone", "vlm=FOLDER"),
+]
+
+
+@pytest.mark.parametrize("name, file, damage, word", DAMAGED, ids=[" ".join(row[:3]) for row in DAMAGED])
+def test_a_damaged_checkpoint_is_one_clear_line(name, file, damage, word, checkpoints, tmp_path):
+    """Gone, cut short, a pickle of another kind, without a key (named), with one too many (+ and its name)."""
+    options = checkpoints[name]
+    source = Path(next(iter(options.values())))
+    shutil.copytree(source, tmp_path / "copy")
+    path, weights = tmp_path / "copy" / file, None
+    if damage == "gone":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    elif damage == "foreign":
+        path.write_bytes(pickle.dumps({"weights": Path}))
+    else:
+        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        if damage.startswith("+"):
+            weights[damage[1:]] = torch.zeros(1)
+        else:
+            del weights[damage]
+        save_file(weights, path, {"format": "pt"}) if path.suffix == ".safetensors" else torch.save(weights, path)
+    with pytest.raises(ValueError) as error:
+        rewards.load(name, **{option: value.replace(str(source), str(tmp_path / "copy")) for option, value in options.items()})
+    assert word in str(error.value) and "\n" not in str(error.value) and "--reward_options" in str(error.value)
+
+
+@pytest.mark.parametrize("name, options, word", [
+    ("beauty", {}, "jpeg, incompressibility, aesthetic, imagereward, llava"), ("aesthetic", {"clip": "nowhere/clip"}, "'nowhere/clip'.*clip=FOLDER"),
+    ("imagereward", {"source": "nowhere/else"}, "ImageReward.pt.*'nowhere/else'.*source=FOLDER"), ("llava", {"bert": "nowhere/bert"}, "'nowhere/bert'"),
+    ("aesthetic", {"beauty": "1"}, "beauty"), ("aesthetic", {"batch": "0"}, "batch=0"), ("aesthetic", {"batch": "many"}, "batch=many")])
+def test_what_a_reward_model_cannot_be_loaded_with_is_named(name, options, word, checkpoints):
+    with pytest.raises(ValueError, match=word):
+        rewards.load(name, **checkpoints.get(name, {}) | options)
+
+
+def test_scoring_is_at_most_a_tenth_of_an_epochs_operations():
+    """Counted, not timed, for models of full size without weights: an epoch of Stable Diffusion is 256 samples of 50 steps, each with and without
+    the prompt, once to sample, once forward and once backward to learn (LoRA's own share left out, as the VAE's)."""
+    def operations(module, *inputs, **named):
+        with FlopCounterMode(display=False) as counter:
+            module(*inputs, **named)
+        return counter.get_total_flops()
+
+    large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    with torch.device("meta"), torch.no_grad():
+        unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        epoch = 256 * 50 * 2 * 3 * operations(unet, torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768))
+        clip = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**large, patch_size=14))
+        vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(**large, image_size=224))
+        text = transformers.BlipTextModel(transformers.BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12), add_pooling_layer=False)
+        eye = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**large, patch_size=14, image_size=336))
+        llama = transformers.LlamaModel(transformers.LlamaConfig())
+        cost = {"aesthetic": operations(clip, torch.empty(1, 3, 224, 224)),
+                "imagereward": operations(vision, torch.empty(1, 3, 224, 224)) + operations(
+                    text, torch.empty(1, 35).long(), encoder_hidden_states=torch.empty(1, 197, 1024)),
+                "llava": operations(eye, torch.empty(1, 3, 336, 336)) + 2 * llama.num_parameters() * (576 + 32 + 64)}  # image, question, answer
+        bert = transformers.DebertaModel(transformers.DebertaConfig(**large | {"num_hidden_layers": 40}, vocab_size=50265, relative_attention=True,
+                                                                    pos_att_type="c2p|p2c", position_biased_input=False, type_vocab_size=0))
+    memory = {"aesthetic": 4 * clip.num_parameters(), "imagereward": 4 * (vision.num_parameters() + text.num_parameters()),
+              "llava": 2 * (eye.num_parameters() + llama.num_parameters()) + 4 * bert.num_parameters()}
+    for name, count in cost.items():
+        print(f"\n{name}: {256 * count / epoch:.2%} of an epoch's operations, weights of {memory[name] / 1e9:.1f} GB")
+    assert all(256 * count <= 0.1 * epoch for count in cost.values())
+
+
+@pytest.mark.parametrize("script", [ddpo, dpok])
+@pytest.mark.parametrize("name", ["aesthetic", "imagereward", "llava"])
+def test_both_scripts_train_on_each_reward_model(name, script, checkpoints, config):
+    c = dataclasses.replace(config, epochs=1) if script is ddpo else dpok_config(config, epochs=1)
+    assert script.main([*flags(c, reward=name), "--reward_options", *(f"{option}={value}" for option, value in checkpoints[name].items())]) == 0
+    log, record = read_log(c.out), json.loads(Path(c.out, "config.json").read_text())
+    assert float(log[0]["reward_std"]) > 0 and record["reward_options"] == checkpoints[name]
 
 
 # ---------------------------------------------------------------- prompts, refusals, a whole run

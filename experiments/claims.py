@@ -32,7 +32,7 @@ import shapes_reward  # noqa: E402
 FOLDER, RESULTS = HERE.parent / "runs" / "claims", HERE / "results"
 KINDS = dict(zip(("colour", "count", "composition", "location"), dpok.PROMPTS["shapes"])) | {"bias": "four red circles"}
 METHODS = {"RL": [], "KL-O": ["--algo", "sft"], "KL-D": ["--algo", "sft", "--kl_d"]}
-BETAS = "0", "1"
+BETAS = "0", "0.5"
 RUNS = {f"{method} {kind}": ["--prompts", prompt, *arguments] for method, arguments in METHODS.items() for kind, prompt in KINDS.items()}
 RUNS |= {f"jpeg beta {beta}": ["--prompts", KINDS["count"], "--reward", "jpeg", "--beta", beta] for beta in BETAS}
 # the prompts of shapes/ that no run trains on and that are no unseen partner of those

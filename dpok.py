@@ -31,6 +31,7 @@ import argparse
 import csv
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -46,6 +47,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
@@ -101,7 +103,9 @@ class Config:
     seed: int = setting(0, "of everything random", zero=True)
     out: str = setting("", "the run's folder; default: runs/dpok-<reward>-<time>", "output")
     sample_every: int = setting(10, "epochs between pictures of fixed prompts and seeds")
-    save_every: int = setting(10, "epochs between savings of the LoRA weights")
+    save_every: int = setting(10, "epochs between checkpoints, lora/ with them")
+    lora: str = setting("", "folder of LoRA weights to start from; the KL stays that to the model without any")
+    resume: str = setting("", "folder of a run that was stopped: go on from its checkpoint; only --epochs and --device may be given anew")
 
     @staticmethod
     def implied(settings):
@@ -191,9 +195,10 @@ def load_lora(unet, folder):
     """Copy the weights that save_lora wrote into the LoRA of `unet`, installed at the file's rank if there is none. Raises ValueError for
     a missing or an extra key, or another shape."""
     file = Path(folder, "pytorch_lora_weights.safetensors")
-    if not file.is_file():
-        raise ValueError(f"LoRA {str(folder)!r} holds no {file.name}; give a folder that a run wrote, such as runs/.../lora")
-    loaded = {name.removeprefix("unet."): tensor for name, tensor in load_file(file).items()}
+    try:
+        loaded = {name.removeprefix("unet."): tensor for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"LoRA {str(file)!r} cannot be read ({first_line(error)}); give a folder that a run wrote, such as runs/.../lora") from error
     ranks = [tensor.shape[0] for name, tensor in loaded.items() if name.endswith("lora_A.weight")]
     if ranks and not lora_weights(unet):
         add_lora(unet, ranks[0])
@@ -418,7 +423,7 @@ def check(config):
         (config.steps <= 500, f"steps {config.steps} must be at most 500, half of those the model was trained with; the papers take 50"),
         (N % config.batch == 0, f"batch {config.batch} must divide samples_per_epoch {N}; try {math.gcd(N, config.batch)}"),
         (above.is_dir() and os.access(above, os.W_OK | os.X_OK), f"out {config.out!r} cannot be made in {str(above)!r}; name another folder"),
-        (not config.out or above != out or not any(out.iterdir()), f"out {config.out!r} is not an empty folder; name a new one"),
+        (config.resume or not config.out or above != out or not any(out.iterdir()), f"out {config.out!r} is not an empty folder; name a new one"),
     ]
     for holds, message in rules:
         if not holds:
@@ -476,21 +481,70 @@ def draw_progress(folder):
     progress.save(Path(folder, "progress.png"))
 
 
-def start_run(config):
-    """Make the run's folder, with the config.json that repeats the run -> the folder, and TensorBoard's writer or None."""
+def run_folder(config):
+    """Where a run leaves its files."""
     name = f"{Path(__file__).stem}-{config.reward.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(config.out or Path("runs", name))
+    return Path(config.resume or config.out or Path("runs", name))
+
+
+def replace(file, content):
+    """Write bytes to a file whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, file)
+
+
+def start_run(config, unet, parts):
+    """Make the run's folder with the config.json that repeats the run, or go back to the checkpoint of one that is resumed -> the folder,
+    TensorBoard's writer or None, and the number of epochs that are done."""
+    folder = run_folder(config)
+    done = load_checkpoint(folder, unet, parts, config) if (folder / "checkpoint.pt").exists() else 0
     try:
-        (folder / "samples").mkdir(parents=True)
+        (folder / "samples").mkdir(parents=True, exist_ok=bool(config.resume))
     except OSError as error:
         raise ValueError(f"out {str(folder)!r} cannot be made ({error}); name another folder") from error
-    settings = {**dataclasses.asdict(config), "out": ""}
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    replace(folder / "config.json", (json.dumps({**dataclasses.asdict(config), "out": "", "resume": ""}, indent=2) + "\n").encode())
     try:
         from torch.utils.tensorboard import SummaryWriter  # not everybody has it
     except ImportError:
-        return folder, None
-    return folder, SummaryWriter(folder)
+        return folder, None, done
+    return folder, SummaryWriter(folder, purge_step=done + 1), done
+
+
+def save_checkpoint(folder, epoch, stopped, unet, parts):
+    """lora/, and checkpoint.pt: the epoch, whether it stopped the run early, the LoRA weights, and the state of `parts`, whatever else learns or
+    counts, in plain types. It is the last of an epoch's files to be written: what it tells of is there."""
+    save_lora(unet, folder / "lora")
+    lora, file = {name: parameter.detach().cpu() for name, parameter in lora_weights(unet).items()}, io.BytesIO()
+    torch.save({"script": Path(__file__).stem, "epoch": epoch, "stopped": stopped, "lora": lora,
+                "parts": {name: part.state_dict() for name, part in parts.items()}}, file)
+    replace(folder / "checkpoint.pt", file.getvalue())
+
+
+def load_checkpoint(folder, unet, parts, config):
+    """Bring the weights, `parts`, log.csv, samples/ and lora/ back to the run's checkpoint -> the epochs that are done, all of them if it stopped
+    the run early. Raises ValueError for a checkpoint that is damaged, of something else, or of a later epoch than the last."""
+    file, log, lora = folder / "checkpoint.pt", folder / "log.csv", lora_weights(unet)
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        epoch = saved["epoch"]
+        lines = log.read_bytes().splitlines(keepends=True)[:epoch + 1] if epoch else []
+        if saved["script"] != Path(__file__).stem or saved["lora"].keys() != lora.keys() or epoch and len(lines) != epoch + 1:
+            raise ValueError("it does not belong to this script, model and log.csv")
+        for name, parameter in lora.items():
+            parameter.data.copy_(saved["lora"][name])
+        for name, part in parts.items():
+            part.load_state_dict(saved["parts"][name])
+    except Exception as error:  # cut short, or something else entirely
+        raise ValueError(f"checkpoint {str(file)!r} cannot be used ({first_line(error)}); start anew with --config {folder / 'config.json'}") from error
+    if epoch > config.epochs:
+        raise ValueError(f"epochs {config.epochs} is below the {epoch} that {str(folder)!r} has done; give at least as many")
+    replace(log, b"".join(lines)) if epoch else log.unlink(missing_ok=True)
+    for picture in Path(folder, "samples").glob("epoch_*.png"):
+        if int(picture.stem.removeprefix("epoch_")) > epoch:
+            picture.unlink()
+    save_lora(unet, folder / "lora")
+    return config.epochs if saved["stopped"] else epoch
 
 
 def averages(infos):
@@ -700,6 +754,8 @@ def setup(config):
         print(f"warning: the text encoder reads {pipe.tokenizer.model_max_length} tokens and does not see the end of "
               f"{prompts[lengths.index(max(lengths))]!r} ({max(lengths)} tokens)", file=sys.stderr)
     parameters = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))
+    if config.lora and not config.resume:
+        load_lora(pipe.unet, config.lora)
     try:
         sample(pipe, prompts[:1], dataclasses.replace(config, steps=1), generators(config.seed, 0, [0]))  # try it once
     except Exception as error:  # parts that do not fit together
@@ -715,16 +771,20 @@ def train(config):
     """DPOK, Algorithm 1 or 2 -> the run's folder. Raises ValueError for what cannot work; what was saved by then stays."""
     config, pipe, prompts, reward_fn, parameters = setup(config)
     optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
-    folder, writer = start_run(config)
-    N, K, uncond = config.samples_per_epoch, config.steps, encode(pipe, [""])
     value, value_optimizer = start_value(pipe, config) if config.value and config.algo == "rl" else (None, None)
-    show_samples(pipe, prompts, config, reward_fn, folder, 0)
-    before = evaluate(pipe, prompts, config, reward_fn)
+    parts = {"optimizer": optimizer} | ({"value": value, "value_optimizer": value_optimizer} if value else {})
+    folder, writer, done = start_run(config, pipe.unet, parts)
+    N, K, uncond = config.samples_per_epoch, config.steps, encode(pipe, [""])
+    with pretrained(pipe.unet):
+        before = evaluate(pipe, prompts, config, reward_fn)
+    if done == 0:
+        show_samples(pipe, prompts, config, reward_fn, folder, 0)
+        save_checkpoint(folder, 0, False, pipe.unet, parts)
     if config.algo == "sft":                                                                   # Algorithm 2: M images of p_pre, once
         data = supervised_data(pipe, prompts, reward_fn, config)
         *_, reward, rollout = data
 
-    for epoch in range(1, config.epochs + 1):
+    for epoch in range(done + 1, config.epochs + 1):
         started, infos, norms, fit = time.time(), [], [], {}
         if config.algo == "rl":                                                                # Algorithm 1: m trajectories of p_theta
             texts, rollout, rng = draw(pipe, prompts, config, epoch)
@@ -753,13 +813,14 @@ def train(config):
         row = {"epoch": epoch, "reward_queries": len(reward) if config.algo == "sft" else epoch * N, "reward_mean": reward.mean().item(),
                "reward_std": reward.std(correction=0).item(), **averages(infos), **fit, "kl": mean_kl(pipe, rollout, uncond, config, rng),
                "grad_norm": sum(norms) / len(norms), "seconds": time.time() - started, "memory_gb": peak_memory(config.device)}
-        done = watch(row, config) or epoch == config.epochs
+        stop = watch(row, config)
+        last = stop or epoch == config.epochs
         log_epoch(folder, row, writer)
-        if done or epoch % config.save_every == 0:
-            save_lora(pipe.unet, folder / "lora")
-        if done or epoch % config.sample_every == 0:
+        if last or epoch % config.sample_every == 0:
             show_samples(pipe, prompts, config, reward_fn, folder, epoch)
-        if done:
+        if last or epoch % config.save_every == 0:
+            save_checkpoint(folder, epoch, stop, pipe.unet, parts)
+        if stop:
             break
     report(before, evaluate(pipe, prompts, config, reward_fn), prompts, folder)
     draw_progress(folder)
@@ -799,24 +860,34 @@ def parse(argv):
         if not all(name.isidentifier() and equals for name, equals, _ in pairs):
             parser.error(f"reward_options {' '.join(flags['reward_options'])!r} must be of the form key=value key=value")
         flags["reward_options"] = {name: value for name, _, value in pairs}
+    if flags.get("resume"):
+        others = sorted(flags.keys() - {"resume", "epochs", "device"})
+        if others or not Path(flags["resume"], "config.json").is_file():
+            parser.error(f"resume goes on with the run's own settings; leave out --{others[0]}" if others else
+                         f"resume {flags['resume']!r} holds no config.json; give the folder of a run, such as runs/...")
+        return Config(**read_settings(Path(flags["resume"], "config.json")) | flags | {"out": flags["resume"]})
     settings = (read_settings(flags.pop("config")) if "config" in flags else {}) | flags
     if "model" not in settings and not str(settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
         print(f"no CUDA GPU in use: running the small model in shapes/ with shapes/{script}.json; --model names another")
         here = Path(__file__).resolve().parent
         embedded = read_settings(here / "shapes" / f"{script}.json")
         settings = {name: str(here / v) if type(v) is str and (here / v).exists() else v for name, v in embedded.items()} | settings
-    return Config(**Config.implied(settings) | settings)
+    config = Config(**Config.implied(settings) | settings)
+    return dataclasses.replace(config, out=str(run_folder(config)))
 
 
 def main(argv=None):
-    """Exit status 0, or 2 with the reason as the last line of stderr."""
+    """Exit status 0; 2, or after Ctrl-C 130, with the reason as the last line of stderr."""
+    config = None
     try:
-        folder = train(parse(argv))
+        config = parse(argv)
+        folder = train(config)
     except SystemExit as stop:  # argparse has printed its help or its error
         return stop.code
-    except ValueError as error:
-        print("dpok.py: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        again = f"; to go on: python dpok.py --resume {config.out}" if config and Path(config.out, "checkpoint.pt").exists() else ""
+        print(f"dpok.py: error: {' '.join(str(error).split()) or 'interrupted'}{again}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 2
     print(f"{folder}: comparison.png and progress.png show what changed, log.csv how, lora/ loads in diffusers")
     return 0
 

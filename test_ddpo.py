@@ -15,7 +15,9 @@ import math
 import os
 import pickle
 import random
+import resource
 import shutil
+import signal
 import sys
 import time
 import zlib
@@ -85,7 +87,7 @@ def config(pipeline, tmp_path):
 
 def flags(config, **changes):
     """The command line that gives these settings."""
-    settings = {k: v for k, v in dataclasses.asdict(dataclasses.replace(config, **changes)).items() if v not in (False, {})}
+    settings = {k: v for k, v in dataclasses.asdict(dataclasses.replace(config, **changes)).items() if v not in (False, {}, "")}
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
 
 
@@ -595,7 +597,7 @@ def test_a_run_of_dpok_leaves_its_folder_and_its_evaluation(algo, kl_d, config, 
     assert dpok.main(flags(c)) == 0
     run, again = Path(c.out), tmp_path / "again"
     names = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file() and "tfevents" not in file.name}
-    assert names == {"config.json", "log.csv", "lora/pytorch_lora_weights.safetensors", "comparison.png", "progress.png", "evaluation.json",
+    assert names == {"config.json", "log.csv", "checkpoint.pt", "lora/pytorch_lora_weights.safetensors", "comparison.png", "progress.png", "evaluation.json",
                      *(f"samples/epoch_000{i}.png" for i in range(3))}
     log, table, pipe = read_log(run), json.loads((run / "evaluation.json").read_text()), dpok.load_pipeline(c)
     assert log[-1]["reward_queries"] == "16" and float(log[-1]["grad_norm"]) > 0 and float(log[-1]["kl"]) > 0
@@ -1049,7 +1051,7 @@ def test_a_run_from_the_command_line_leaves_its_folder(algo, updates, config, tm
     assert ddpo.main(flags(config, algo=algo, updates_per_epoch=updates, kl_weight=0.1)) == 0
     run, again = Path(config.out), tmp_path / "again"
     names = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file() and "tfevents" not in file.name}
-    assert names == {"config.json", "log.csv", "lora/pytorch_lora_weights.safetensors", "comparison.png", "progress.png",
+    assert names == {"config.json", "log.csv", "checkpoint.pt", "lora/pytorch_lora_weights.safetensors", "comparison.png", "progress.png",
                      *(f"samples/epoch_000{i}.png" for i in range(3))}
     log = read_log(run)
     assert [row["reward_queries"] for row in log] == ["8", "16"] and all(float(row["kl"]) > 0 < float(row["grad_norm"]) for row in log)
@@ -1121,6 +1123,125 @@ def test_a_prompt_longer_than_the_text_encoder_reads_is_warned_of_once(config, c
     prompt = "a hippopotamus and an elephant" + " in the rain" * 30
     ddpo.train(dataclasses.replace(config, prompts=prompt, epochs=1))
     assert capsys.readouterr().err.count(f"does not see the end of {prompt!r}") == 1
+
+
+# ---------------------------------------------------------------- runs that survive
+
+def contents(run):
+    """A run's files, but for what says how long it took."""
+    files = {str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*") if file.is_file() and "tfevents" not in file.name}
+    files["log.csv"] = [{name: value for name, value in row.items() if name not in ("seconds", "memory_gb")} for row in read_log(run)]
+    files["checkpoint.pt"] = torch.load(run / "checkpoint.pt", weights_only=True)["epoch"]
+    return files
+
+
+def survivors(config, script, tmp_path):
+    """A run of three epochs that saves every second, its command line for another folder, and what it leaves when nothing happens to it."""
+    c = dataclasses.replace(config, epochs=3, save_every=2) if script is ddpo else dpok_config(config, epochs=3, save_every=2)
+    assert script.main(flags(c)) == 0
+    return lambda name: flags(dataclasses.replace(c, out=str(tmp_path / name))), contents(Path(c.out))
+
+
+@pytest.mark.parametrize("script", [ddpo, dpok])
+def test_a_run_that_fails_at_any_rename_goes_on_as_if_it_had_not(script, config, tmp_path, monkeypatch, capsys):
+    command, whole = survivors(config, script, tmp_path)
+    rename = os.replace
+    for fatal in range(1, 99):
+        def fail(source, target, count=iter(range(fatal)), fatal=fatal):
+            if next(count) == fatal - 1:
+                raise OSError(28, "No space left on device", str(target))
+            rename(source, target)
+        run = tmp_path / f"failed-{fatal}"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", fail)
+            status = script.main(command(run.name))
+        if status == 0:
+            break
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert status == 2 and "No space left on device" in last and (f"--resume {run}" in last) == (run / "checkpoint.pt").exists()
+        assert script.main(["--resume", str(run)]) == (0 if (run / "config.json").exists() else 2)
+        assert not (run / "config.json").exists() or contents(run) == whole
+    assert fatal == 8  # config.json, then lora/ and checkpoint.pt at epochs 0, 2 and 3
+
+
+@pytest.mark.parametrize("script", [ddpo, dpok])
+def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_had_not(script, config, tmp_path):
+    command, whole = survivors(config, script, tmp_path)
+    run, arguments, kills, wait = tmp_path / "killed", command("killed"), 0, 0.8
+    while True:
+        child = os.fork()
+        if child == 0:
+            os._exit(script.main(arguments))
+        time.sleep(wait)
+        os.kill(child, signal.SIGKILL)
+        if not os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            break
+        kills += 1
+        if (run / "config.json").exists():
+            arguments, wait = ["--resume", str(run)], wait + 0.37
+        else:
+            shutil.rmtree(run, ignore_errors=True)
+    assert kills > 1 and contents(run) == whole
+
+
+def test_ctrl_c_ends_with_the_command_that_goes_on(config, tmp_path, capsys):
+    (tmp_path / "own.py").write_text("calls = []\ndef stop(images, prompts):\n    calls.append(1)\n    if len(calls) == 6:\n"
+                                     "        raise KeyboardInterrupt\n    return [float(len(p)) for p in prompts]\n")
+    assert ddpo.main(flags(config, epochs=3, save_every=1, reward=f"{tmp_path}/own.py:stop")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"ddpo.py: error: interrupted; to go on: python ddpo.py --resume {config.out}"
+    assert ddpo.main(["--resume", config.out]) == 0 and [row["epoch"] for row in read_log(config.out)] == ["1", "2", "3"]
+
+
+def test_a_finished_run_can_be_made_longer_and_one_that_stopped_early_stays_stopped(config, tmp_path):
+    longer, at_once = str(tmp_path / "longer"), str(tmp_path / "at_once")
+    assert ddpo.main(flags(config, epochs=2, out=longer)) == ddpo.main(flags(config, epochs=4, out=at_once)) == 0
+    assert ddpo.main(["--resume", longer, "--epochs", "4"]) == 0 and contents(Path(longer)) == contents(Path(at_once))
+    assert ddpo.main(["--resume", longer, "--epochs", "3"]) == 2
+    assert ddpo.main(flags(config, max_kl=1e-9)) == 0 and ddpo.main(["--resume", config.out, "--epochs", "9"]) == 0 and len(read_log(config.out)) == 1
+
+
+@pytest.mark.parametrize("damage, word", [("cut", "checkpoint.pt"), ("pickle", "checkpoint.pt"), ("dpok", "does not belong"), ("rank", "does not belong"),
+                                          ("log", "does not belong"), ("--lr", "leave out --lr"), ("config", "config.json")])
+def test_what_cannot_be_resumed_is_one_clear_line_and_stays_as_it_is(damage, word, config, capsys):
+    ddpo.train(config)
+    run = Path(config.out)
+    file, state = run / "checkpoint.pt", torch.load(run / "checkpoint.pt", weights_only=True)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:5000])
+    elif damage == "pickle":
+        file.write_bytes(pickle.dumps({"epoch": Path}))
+    elif damage in ("dpok", "rank"):
+        torch.save(state | ({"script": "dpok"} if damage == "dpok" else {"lora": {}}), file)
+    elif damage in ("log", "config"):
+        (run / {"log": "log.csv", "config": "config.json"}[damage]).write_text("{")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert ddpo.main(["--resume", config.out, *(["--lr", "1"] if damage == "--lr" else [])]) == 2
+    assert word in capsys.readouterr().err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_vanishes_or_is_full_stops_the_run_with_one_line(config, tmp_path, capsys):
+    """Vanished under a reward; full by a limit on the size of a file, under which the first checkpoint still fits."""
+    (tmp_path / "own.py").write_text(f"import shutil\ncalls = []\ndef r(images, prompts):\n    calls.append(1)\n    if len(calls) == 4:\n"
+                                     f"        shutil.rmtree({config.out!r})\n    return [float(len(p)) for p in prompts]\n")
+    assert ddpo.main(flags(config, reward=f"{tmp_path}/own.py:r")) == 2 and "No such file" in capsys.readouterr().err.splitlines()[-1]
+    run, child = tmp_path / "full", os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        os._exit(ddpo.main(flags(config, save_every=1, rank=8, out=str(run))))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert "too large" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_given_lora_and_its_kl_stays_to_the_model_without_any(config, tmp_path):
+    pipe = load(config)
+    disturb(pipe.unet, scale=0.1)
+    ddpo.save_lora(pipe.unet, tmp_path / "lora")
+    ddpo.train(dataclasses.replace(config, lora=str(tmp_path / "lora"), lr=1e-9, epochs=1))
+    trained = load_file(Path(config.out, "lora", "pytorch_lora_weights.safetensors"))
+    for name, tensor in load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors").items():
+        torch.testing.assert_close(trained[name], tensor, atol=1e-6, rtol=0)
+    assert float(read_log(config.out)[0]["kl"]) > 1e-4
 
 
 # ---------------------------------------------------------------- shapes/: its drawings, its reward, its model

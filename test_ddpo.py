@@ -1227,10 +1227,12 @@ def test_a_folder_that_vanishes_or_is_full_stops_the_run_with_one_line(config, t
     assert ddpo.main(flags(config, reward=f"{tmp_path}/own.py:r")) == 2 and "No such file" in capsys.readouterr().err.splitlines()[-1]
     run, child = tmp_path / "full", os.fork()
     if child == 0:
+        sys.stderr = open(tmp_path / "stderr.txt", "w", buffering=1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         os._exit(ddpo.main(flags(config, save_every=1, rank=8, out=str(run))))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
-    assert "too large" in capsys.readouterr().err
+    last = (tmp_path / "stderr.txt").read_text().splitlines()[-1]
+    assert "too large" in last and f"--resume {run}" in last and ddpo.main(["--resume", str(run)]) == 0
 
 
 def test_a_run_starts_from_given_lora_and_its_kl_stays_to_the_model_without_any(config, tmp_path):

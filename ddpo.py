@@ -38,6 +38,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFont
@@ -101,8 +102,9 @@ class Config:
 
     def rules(self):
         """What must hold of this script's own settings: (holds, what to say if not), ..."""
-        N, U = self.samples_per_epoch, self.updates_per_epoch
+        N, U, W = self.samples_per_epoch, self.updates_per_epoch, processes()[1]
         return [(N % U == 0, f"updates_per_epoch {U} must divide samples_per_epoch {N}; try {math.gcd(N, U)}"),
+                (N % (U * W) == 0, f"{W} processes must divide the {N // U} samples of an update evenly; start {math.gcd(N // U, W)}"),
                 (self.algo == "is" or self.updates_per_epoch == 1, f"updates_per_epoch {self.updates_per_epoch} must be 1 with algo sf, whose "
                  "samples are worth one update; set it to 1, or take algo is"),
                 (self.min_count <= self.buffer_size, f"min_count {self.min_count} must be at most buffer_size {self.buffer_size}; lower it")]
@@ -369,6 +371,38 @@ def importance_sampling_loss(log_prob, log_prob_old, advantage, clip_range):
     return torch.maximum(unclipped, clipped).mean(), info
 
 
+# ---------------------------------------------------------------- several processes (torchrun): of W, number p has the samples p, p + W, ...
+
+def processes():
+    """-> the number p of this process among those that torchrun started, and how many they are, W; 0 and 1 without torchrun."""
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "LOCAL_RANK" in os.environ else (0, 1)
+
+
+def join_processes(device):
+    """Wait for the other processes, if there are any -> the device of this one."""
+    if processes()[1] > 1:
+        if device.startswith("cuda"):
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
+def gather(share):
+    """The list or tensor (N / W, ...) of this process -> that of all, in the order of the samples."""
+    shares = [share] * processes()[1]
+    if len(shares) > 1:
+        dist.all_gather_object(shares, share)
+    return torch.stack(shares, 1).flatten(0, 1) if torch.is_tensor(share) else [item for items in zip(*shares) for item in items]
+
+
+def sum_gradients(parameters):
+    if processes()[1] > 1:
+        for parameter in parameters:
+            dist.all_reduce(parameter.grad)
+
+
 # ---------------------------------------------------------------- a run: prompts, model, folder, pictures
 
 ANIMALS = ("cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant butterfly "
@@ -417,12 +451,13 @@ def check(config):
             raise ValueError(f"{f.name} {value!r} is unknown; choose {' or '.join(filter(None, choices))}")
         if f.type in (int, float) and not (0 <= value < 2**31 if zero else 0 < value < 2**31):
             raise ValueError(f"{f.name} {value} must be {'0 or more' if zero else 'above 0'}, and below 2^31; the default is {f.default}")
-    N, out = config.samples_per_epoch, Path(config.out)
+    N, W, out = config.samples_per_epoch, processes()[1], Path(config.out)
     above = next((folder for folder in (out, *out.parents) if os.path.exists(folder)), Path())
     rules = config.rules() + [
         (config.eta <= 1, f"eta {config.eta} must be at most 1, where DDIM is the ancestral sampler; use 1"),
         (config.steps <= 500, f"steps {config.steps} must be at most 500, half of those the model was trained with; the papers take 50"),
-        (N % config.batch == 0, f"batch {config.batch} must divide samples_per_epoch {N}; try {math.gcd(N, config.batch)}"),
+        (N % (config.batch * W) == 0, f"batch {config.batch} must divide samples_per_epoch {N}, with {W} process(es) {N / W:g} for each; "
+         f"try {math.gcd(N // W, config.batch)}"),
         (above.is_dir() and os.access(above, os.W_OK | os.X_OK), f"out {config.out!r} cannot be made in {str(above)!r}; name another folder"),
         (config.resume or not config.out or above != out or not any(out.iterdir()), f"out {config.out!r} is not an empty folder; name a new one"),
     ]
@@ -504,7 +539,9 @@ def start_run(config, unet, parts):
     """Make the run's folder with the config.json that repeats the run, or go back to the checkpoint of one that is resumed -> the folder,
     TensorBoard's writer or None, and the number of epochs that are done."""
     folder = run_folder(config)
-    done = load_checkpoint(folder, unet, parts, config) if (folder / "checkpoint.pt").exists() else 0
+    done = load_checkpoint(folder, unet, parts, config) if config.resume and (folder / "checkpoint.pt").exists() else 0
+    if processes()[0] > 0:  # only process 0 writes
+        return folder, None, done
     try:
         (folder / "samples").mkdir(parents=True, exist_ok=bool(config.resume))
     except OSError as error:
@@ -520,6 +557,8 @@ def start_run(config, unet, parts):
 def save_checkpoint(folder, epoch, stopped, unet, parts):
     """lora/, and checkpoint.pt: the epoch, whether it stopped the run early, the LoRA weights, and the state of `parts`, whatever else learns or
     counts, in plain types. It is the last of an epoch's files to be written: what it tells of is there."""
+    if processes()[0] > 0:
+        return
     save_lora(unet, folder / "lora")
     lora, file = {name: parameter.detach().cpu() for name, parameter in lora_weights(unet).items()}, io.BytesIO()
     torch.save({"script": Path(__file__).stem, "epoch": epoch, "stopped": stopped, "lora": lora,
@@ -545,11 +584,12 @@ def load_checkpoint(folder, unet, parts, config):
         raise ValueError(f"checkpoint {str(file)!r} cannot be used ({first_line(error)}); start anew with --config {folder / 'config.json'}") from error
     if epoch > config.epochs:
         raise ValueError(f"epochs {config.epochs} is below the {epoch} that {str(folder)!r} has done; give at least as many")
-    replace(log, b"".join(lines)) if epoch else log.unlink(missing_ok=True)
-    for picture in Path(folder, "samples").glob("epoch_*.png"):
-        if int(picture.stem.removeprefix("epoch_")) > epoch:
-            picture.unlink()
-    save_lora(unet, folder / "lora")
+    if processes()[0] == 0:
+        replace(log, b"".join(lines)) if epoch else log.unlink(missing_ok=True)
+        for picture in Path(folder, "samples").glob("epoch_*.png"):
+            if int(picture.stem.removeprefix("epoch_")) > epoch:
+                picture.unlink()
+        save_lora(unet, folder / "lora")
     return config.epochs if saved["stopped"] else epoch
 
 
@@ -579,6 +619,8 @@ def watch(row, config):
 
 def log_epoch(folder, row, writer):
     """One line on the screen, one row of log.csv, and TensorBoard's points where it is installed."""
+    if processes()[0] > 0:
+        return
     new = not (folder / "log.csv").exists()
     with open(folder / "log.csv", "a", newline="", encoding="utf-8") as file:
         log = csv.DictWriter(file, row)
@@ -604,6 +646,8 @@ def peak_memory(device):
 
 def show_samples(pipe, prompts, config, reward_fn, folder, epoch):
     """samples/epoch_....png: sixteen images of fixed prompts and seeds, each with its reward; these queries teach nothing."""
+    if processes()[0] > 0:
+        return
     prompts = [prompts[i % len(prompts)] for i in range(16)]
     rollout = sample(pipe, prompts, config, generators(config.seed, 0, range(16)))
     reward = reward_fn(rollout.images, prompts)
@@ -637,7 +681,7 @@ def mean_kl(pipe, rollout, uncond, config, rng):
     for rows in (torch.arange(N) * K + (torch.randperm(N, generator=rng) + torch.randint(K, (1,), generator=rng)) % K).split(config.batch):
         _, mean, sigma = policy(pipe, rollout, rows, uncond, config)
         total += kl_to_pretrained(pipe, rollout, rows, mean, sigma, uncond, config).sum().item()
-    return total / N
+    return sum(gather([total])) / (N * processes()[1])
 
 
 def loss_at(pipe, rollout, rows, advantage, uncond, config):
@@ -657,7 +701,7 @@ def setup(config):
     """Check everything, then load everything; nothing is written yet -> config for this machine, pipe, prompts, reward, LoRA parameters."""
     config = dataclasses.replace(config, **{f: str(v) for f, v in vars(config).items() if isinstance(v, Path)})  # a Path is welcome
     check(config)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = join_processes(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     config = dataclasses.replace(config, device=device, precision=config.precision or ("bf16" if bf16 else "fp32"))
     prompts, reward_fn = load_prompts(config.prompts), rewards.load(config.reward, device, **config.reward_options)
@@ -680,6 +724,18 @@ def setup(config):
     return config, pipe, prompts, reward_fn, parameters
 
 
+def end_epoch(row, pipe, prompts, config, reward_fn, folder, writer, parts):
+    """Log the epoch; every so often, and at the last, draw the samples and save -> whether to stop early."""
+    epoch, stop = row["epoch"], watch(row, config)
+    last = stop or epoch == config.epochs
+    log_epoch(folder, row, writer)
+    if last or epoch % config.sample_every == 0:
+        show_samples(pipe, prompts, config, reward_fn, folder, epoch)
+    if last or epoch % config.save_every == 0:
+        save_checkpoint(folder, epoch, stop, pipe.unet, parts)
+    return stop
+
+
 def train(config):
     """DDPO -> the run's folder. Raises ValueError for what cannot work; what was saved by then stays."""
     config, pipe, prompts, reward_fn, parameters = setup(config)
@@ -687,7 +743,7 @@ def train(config):
     statistics = PromptStatistics(config.buffer_size, config.min_count)
     parts = {"optimizer": optimizer, "statistics": statistics}
     folder, writer, done = start_run(config, pipe.unet, parts)
-    N, K, uncond = config.samples_per_epoch, config.steps, encode(pipe, [""])
+    N, K, uncond, (p, W) = config.samples_per_epoch, config.steps, encode(pipe, [""]), processes()
     if done == 0:
         show_samples(pipe, prompts, config, reward_fn, folder, 0)
         save_checkpoint(folder, 0, False, pipe.unet, parts)
@@ -695,33 +751,28 @@ def train(config):
     for epoch in range(done + 1, config.epochs + 1):
         started, rng, infos, norms = time.time(), generators(config.seed, epoch, [N])[0], [], []
         texts = [prompts[i] for i in torch.randint(len(prompts), (N,), generator=rng)]         # c ~ p(c)
-        rollout = sample(pipe, texts, config, generators(config.seed, epoch, range(N)))        # x_T, ..., x_0 ~ p_theta_old
-        reward = reward_fn(rollout.images, texts)                                              # r(x_0, c)
-        advantage = statistics.update(texts, reward).clamp(-config.advantage_clip, config.advantage_clip)
-        for update, samples in enumerate(torch.arange(N).chunk(config.updates_per_epoch)):
+        rollout = sample(pipe, texts[p::W], config, generators(config.seed, epoch, range(p, N, W)))  # x_T, ..., x_0 ~ p_theta_old
+        reward = gather(reward_fn(rollout.images, texts[p::W]))                                # r(x_0, c), (N,)
+        advantage = statistics.update(texts, reward).clamp(-config.advantage_clip, config.advantage_clip)[p::W]
+        for update, samples in enumerate(torch.arange(N // W).chunk(config.updates_per_epoch)):
             rows = (samples[:, None] * K + torch.arange(K)).flatten()                          # every step of these samples
             rows = rows[torch.randperm(len(rows), generator=rng)]
             for chunk in tqdm(rows.split(config.batch), f"update {update + 1}", leave=False):
                 loss, info = loss_at(pipe, rollout, chunk, advantage, uncond, config)          # (DDPO_SF) or (DDPO_IS)
-                (loss * len(chunk) / len(rows)).backward()                                     # accumulate over all steps (D.1)
+                (loss * len(chunk) / (len(rows) * W)).backward()                               # accumulate over all steps (D.1)
                 infos.append((update, len(chunk), info))
+            sum_gradients(parameters)
             norms.append(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item())
             optimizer.step()
             optimizer.zero_grad()
         kl = mean_kl(pipe, rollout, uncond, config, rng)
         row = {"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(), "reward_std": reward.std(correction=0).item(),
-               **averages(infos), "kl": kl, "grad_norm": sum(norms) / len(norms), "seconds": time.time() - started,
+               **averages(gather(infos)), "kl": kl, "grad_norm": sum(norms) / len(norms), "seconds": time.time() - started,
                "memory_gb": peak_memory(config.device)}
-        stop = watch(row, config)
-        last = stop or epoch == config.epochs
-        log_epoch(folder, row, writer)
-        if last or epoch % config.sample_every == 0:
-            show_samples(pipe, prompts, config, reward_fn, folder, epoch)
-        if last or epoch % config.save_every == 0:
-            save_checkpoint(folder, epoch, stop, pipe.unet, parts)
-        if stop:
+        if end_epoch(row, pipe, prompts, config, reward_fn, folder, writer, parts):
             break
-    draw_summary(folder)
+    if p == 0:
+        draw_summary(folder)
     return folder
 
 
@@ -786,7 +837,10 @@ def main(argv=None):
         again = f"; to go on: python ddpo.py --resume {config.out}" if config and Path(config.out, "checkpoint.pt").exists() else ""
         print(f"ddpo.py: error: {' '.join(str(error).split()) or 'interrupted'}{again}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
-    print(f"{folder}: comparison.png and progress.png show what changed, log.csv how, lora/ loads in diffusers")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if processes()[0] == 0:
+        print(f"{folder}: comparison.png and progress.png show what changed, log.csv how, lora/ loads in diffusers")
     return 0
 
 

@@ -44,6 +44,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw, ImageFont
@@ -115,7 +116,9 @@ class Config:
     def rules(self):
         """What must hold of this script's own settings: (holds, what to say if not), ..."""
         load_prompts(self.unseen or self.prompts)
-        return [(self.evaluation_images > 1, f"evaluation_images {self.evaluation_images} must be above 1, for a standard error; the paper has 50"),
+        W = processes()[1]
+        return [(self.update_batch % W == 0, f"{W} processes must divide update_batch {self.update_batch}; start {math.gcd(self.update_batch, W)}"),
+                (self.evaluation_images > 1, f"evaluation_images {self.evaluation_images} must be above 1, for a standard error; the paper has 50"),
                 (self.algo == "rl" or self.steps > 1, f"steps {self.steps} must be above 1 with algo sft, which leaves the last step out")]
 
 
@@ -372,6 +375,38 @@ def supervised_loss(x0_pred, x0, reward, sigma, gamma, x0_pre=None):
     return torch.where(counts, loss, 0).mean(), {"left_out": 1 - counts.float().mean().item()}
 
 
+# ---------------------------------------------------------------- several processes (torchrun): of W, number p has the samples p, p + W, ...
+
+def processes():
+    """-> the number p of this process among those that torchrun started, and how many they are, W; 0 and 1 without torchrun."""
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "LOCAL_RANK" in os.environ else (0, 1)
+
+
+def join_processes(device):
+    """Wait for the other processes, if there are any -> the device of this one."""
+    if processes()[1] > 1:
+        if device.startswith("cuda"):
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
+def gather(share):
+    """The list or tensor (N / W, ...) of this process -> that of all, in the order of the samples."""
+    shares = [share] * processes()[1]
+    if len(shares) > 1:
+        dist.all_gather_object(shares, share)
+    return torch.stack(shares, 1).flatten(0, 1) if torch.is_tensor(share) else [item for items in zip(*shares) for item in items]
+
+
+def sum_gradients(parameters):
+    if processes()[1] > 1:
+        for parameter in parameters:
+            dist.all_reduce(parameter.grad)
+
+
 # ---------------------------------------------------------------- a run: prompts, model, folder, pictures
 
 PROMPTS = {"color": ["A green colored rabbit"], "count": ["Four wolves in the park"], "composition": ["A cat and a dog"],
@@ -416,12 +451,13 @@ def check(config):
             raise ValueError(f"{f.name} {value!r} is unknown; choose {' or '.join(filter(None, choices))}")
         if f.type in (int, float) and not (0 <= value < 2**31 if zero else 0 < value < 2**31):
             raise ValueError(f"{f.name} {value} must be {'0 or more' if zero else 'above 0'}, and below 2^31; the default is {f.default}")
-    N, out = config.samples_per_epoch, Path(config.out)
+    N, W, out = config.samples_per_epoch, processes()[1], Path(config.out)
     above = next((folder for folder in (out, *out.parents) if os.path.exists(folder)), Path())
     rules = config.rules() + [
         (config.eta <= 1, f"eta {config.eta} must be at most 1, where DDIM is the ancestral sampler; use 1"),
         (config.steps <= 500, f"steps {config.steps} must be at most 500, half of those the model was trained with; the papers take 50"),
-        (N % config.batch == 0, f"batch {config.batch} must divide samples_per_epoch {N}; try {math.gcd(N, config.batch)}"),
+        (N % (config.batch * W) == 0, f"batch {config.batch} must divide samples_per_epoch {N}, with {W} process(es) {N / W:g} for each; "
+         f"try {math.gcd(N // W, config.batch)}"),
         (above.is_dir() and os.access(above, os.W_OK | os.X_OK), f"out {config.out!r} cannot be made in {str(above)!r}; name another folder"),
         (config.resume or not config.out or above != out or not any(out.iterdir()), f"out {config.out!r} is not an empty folder; name a new one"),
     ]
@@ -498,7 +534,9 @@ def start_run(config, unet, parts):
     """Make the run's folder with the config.json that repeats the run, or go back to the checkpoint of one that is resumed -> the folder,
     TensorBoard's writer or None, and the number of epochs that are done."""
     folder = run_folder(config)
-    done = load_checkpoint(folder, unet, parts, config) if (folder / "checkpoint.pt").exists() else 0
+    done = load_checkpoint(folder, unet, parts, config) if config.resume and (folder / "checkpoint.pt").exists() else 0
+    if processes()[0] > 0:  # only process 0 writes
+        return folder, None, done
     try:
         (folder / "samples").mkdir(parents=True, exist_ok=bool(config.resume))
     except OSError as error:
@@ -514,6 +552,8 @@ def start_run(config, unet, parts):
 def save_checkpoint(folder, epoch, stopped, unet, parts):
     """lora/, and checkpoint.pt: the epoch, whether it stopped the run early, the LoRA weights, and the state of `parts`, whatever else learns or
     counts, in plain types. It is the last of an epoch's files to be written: what it tells of is there."""
+    if processes()[0] > 0:
+        return
     save_lora(unet, folder / "lora")
     lora, file = {name: parameter.detach().cpu() for name, parameter in lora_weights(unet).items()}, io.BytesIO()
     torch.save({"script": Path(__file__).stem, "epoch": epoch, "stopped": stopped, "lora": lora,
@@ -539,11 +579,12 @@ def load_checkpoint(folder, unet, parts, config):
         raise ValueError(f"checkpoint {str(file)!r} cannot be used ({first_line(error)}); start anew with --config {folder / 'config.json'}") from error
     if epoch > config.epochs:
         raise ValueError(f"epochs {config.epochs} is below the {epoch} that {str(folder)!r} has done; give at least as many")
-    replace(log, b"".join(lines)) if epoch else log.unlink(missing_ok=True)
-    for picture in Path(folder, "samples").glob("epoch_*.png"):
-        if int(picture.stem.removeprefix("epoch_")) > epoch:
-            picture.unlink()
-    save_lora(unet, folder / "lora")
+    if processes()[0] == 0:
+        replace(log, b"".join(lines)) if epoch else log.unlink(missing_ok=True)
+        for picture in Path(folder, "samples").glob("epoch_*.png"):
+            if int(picture.stem.removeprefix("epoch_")) > epoch:
+                picture.unlink()
+        save_lora(unet, folder / "lora")
     return config.epochs if saved["stopped"] else epoch
 
 
@@ -573,6 +614,8 @@ def watch(row, config):
 
 def log_epoch(folder, row, writer):
     """One line on the screen, one row of log.csv, and TensorBoard's points where it is installed."""
+    if processes()[0] > 0:
+        return
     new = not (folder / "log.csv").exists()
     with open(folder / "log.csv", "a", newline="", encoding="utf-8") as file:
         log = csv.DictWriter(file, row)
@@ -598,6 +641,8 @@ def peak_memory(device):
 
 def show_samples(pipe, prompts, config, reward_fn, folder, epoch):
     """samples/epoch_....png: sixteen images of fixed prompts and seeds, each with its reward; these queries teach nothing."""
+    if processes()[0] > 0:
+        return
     prompts = [prompts[i % len(prompts)] for i in range(16)]
     rollout = sample(pipe, prompts, config, generators(config.seed, 0, range(16)))
     reward = reward_fn(rollout.images, prompts)
@@ -631,15 +676,21 @@ def mean_kl(pipe, rollout, uncond, config, rng):
     for rows in (torch.arange(N) * K + (torch.randperm(N, generator=rng) + torch.randint(K, (1,), generator=rng)) % K).split(config.batch):
         _, mean, sigma = policy(pipe, rollout, rows, uncond, config)
         total += kl_to_pretrained(pipe, rollout, rows, mean, sigma, uncond, config).sum().item()
-    return total / N
+    return sum(gather([total])) / (N * processes()[1])
 
 
 def draw(pipe, prompts, config, epoch):
-    """A round's prompts z ~ p(z), its trajectories, and the generator of what else is random in it -> texts, rollout, rng."""
-    N = config.samples_per_epoch
+    """A round's prompts z ~ p(z), its trajectories, this process's share of them, and the generator of what else is random in it
+    -> texts, rollout, rng."""
+    N, (p, W) = config.samples_per_epoch, processes()
     rng = generators(config.seed, epoch, [N])[0]
     texts = [prompts[i] for i in torch.randint(len(prompts), (N,), generator=rng)]
-    return texts, sample(pipe, texts, config, generators(config.seed, epoch, range(N))), rng
+    return texts, sample(pipe, texts[p::W], config, generators(config.seed, epoch, range(p, N, W))), rng
+
+
+def gather_rollout(share):
+    """The trajectories of all processes, without the images."""
+    return Rollout(gather(share.prompts), gather(share.cond), share.timesteps, gather(share.latents), gather(share.log_probs), [])
 
 
 def value_inputs(pipe, rollout):
@@ -692,8 +743,8 @@ def supervised_data(pipe, prompts, reward_fn, config):
             texts, rollout, _ = draw(pipe, prompts, config, epoch)
             x0.append(rollout.latents[:, -1].clone())  # not a view, which would keep the trajectories
             which += [prompts.index(text) for text in texts]
-            scores.append(reward_fn(rollout.images, texts))
-    return torch.cat(x0), encode(pipe, prompts), torch.tensor(which), torch.cat(scores), rollout
+            scores.append(reward_fn(rollout.images, rollout.prompts))
+    return gather(torch.cat(x0)), encode(pipe, prompts), torch.tensor(which), gather(torch.cat(scores)), rollout
 
 
 def supervised_loss_at(pipe, data, rng, rows, uncond, config):
@@ -701,7 +752,9 @@ def supervised_loss_at(pipe, data, rng, rows, uncond, config):
     x0, cond, which, reward, rollout = data
     i, k = rows // (config.steps - 1), rows % (config.steps - 1)
     t, x0, cond = rollout.timesteps[k].to(pipe.device), x0[i].to(pipe.device), cond[which[i]]
-    x_t = pipe.scheduler.add_noise(x0, torch.randn(x0.shape, generator=rng).to(pipe.device), t)                # q(x_t | x_0)
+    p, W = processes()
+    noise = torch.randn(len(x0) * W, *x0.shape[1:], generator=rng)[p::W]  # of the others' rows too, so that each row's is the same with any W
+    x_t = pipe.scheduler.add_noise(x0, noise.to(pipe.device), t)                                               # q(x_t | x_0)
     model_output = predict_noise(pipe.unet, x_t, t, cond, uncond, config.guidance)
     _, sigma = step_distribution(pipe.scheduler, model_output, t, x_t, config.eta)
     x0_pred, _ = predict_x0(pipe.scheduler, model_output, t, x_t)                                              # f_theta
@@ -744,7 +797,7 @@ def setup(config):
     """Check everything, then load everything; nothing is written yet -> config for this machine, pipe, prompts, reward, LoRA parameters."""
     config = dataclasses.replace(config, **{f: str(v) for f, v in vars(config).items() if isinstance(v, Path)})  # a Path is welcome
     check(config)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = join_processes(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     config = dataclasses.replace(config, device=device, precision=config.precision or ("bf16" if bf16 else "fp32"))
     prompts, reward_fn = load_prompts(config.prompts), rewards.load(config.reward, device, **config.reward_options)
@@ -767,6 +820,18 @@ def setup(config):
     return config, pipe, prompts, reward_fn, parameters
 
 
+def end_epoch(row, pipe, prompts, config, reward_fn, folder, writer, parts):
+    """Log the epoch; every so often, and at the last, draw the samples and save -> whether to stop early."""
+    epoch, stop = row["epoch"], watch(row, config)
+    last = stop or epoch == config.epochs
+    log_epoch(folder, row, writer)
+    if last or epoch % config.sample_every == 0:
+        show_samples(pipe, prompts, config, reward_fn, folder, epoch)
+    if last or epoch % config.save_every == 0:
+        save_checkpoint(folder, epoch, stop, pipe.unet, parts)
+    return stop
+
+
 def train(config):
     """DPOK, Algorithm 1 or 2 -> the run's folder. Raises ValueError for what cannot work; what was saved by then stays."""
     config, pipe, prompts, reward_fn, parameters = setup(config)
@@ -774,9 +839,9 @@ def train(config):
     value, value_optimizer = start_value(pipe, config) if config.value and config.algo == "rl" else (None, None)
     parts = {"optimizer": optimizer} | ({"value": value, "value_optimizer": value_optimizer} if value else {})
     folder, writer, done = start_run(config, pipe.unet, parts)
-    N, K, uncond = config.samples_per_epoch, config.steps, encode(pipe, [""])
+    N, K, uncond, (p, W) = config.samples_per_epoch, config.steps, encode(pipe, [""]), processes()
     with pretrained(pipe.unet):
-        before = evaluate(pipe, prompts, config, reward_fn)
+        before = evaluate(pipe, prompts, config, reward_fn) if p == 0 else {}
     if done == 0:
         show_samples(pipe, prompts, config, reward_fn, folder, 0)
         save_checkpoint(folder, 0, False, pipe.unet, parts)
@@ -788,42 +853,38 @@ def train(config):
         started, infos, norms, fit = time.time(), [], [], {}
         if config.algo == "rl":                                                                # Algorithm 1: m trajectories of p_theta
             texts, rollout, rng = draw(pipe, prompts, config, epoch)
-            reward = reward_fn(rollout.images, texts)                                          # r(x_0, z)
-            returns, states = reward.repeat_interleave(K), value_inputs(pipe, rollout)         # (N K,)
+            reward = gather(reward_fn(rollout.images, rollout.prompts))                        # r(x_0, z), (N,)
+            whole = gather_rollout(rollout)
+            returns, states = reward.repeat_interleave(K), value_inputs(pipe, whole)           # (N K,)
             if value and epoch == 1:                                                           # untrained, V is no baseline yet
                 fit_value(value, value_optimizer, states, returns, config.value_steps)
             advantage = returns - value(*states).detach() if value else returns                # r - V(x_t, z, k) (A.5)
             if config.advantage_clip:
                 advantage = advantage.clamp(-config.advantage_clip, config.advantage_clip)
-            count, loss_at = N * K, functools.partial(policy_loss_at, pipe, rollout, advantage)
+            count, loss_at = N * K, functools.partial(policy_loss_at, pipe, whole, advantage)
         else:
             rng = generators(config.seed, config.epochs + epoch, [0])[0]
             count, loss_at = len(reward) * (K - 1), functools.partial(supervised_loss_at, pipe, data, rng)
         for update in range(config.updates_per_epoch):
-            rows = torch.randint(count, (config.update_batch,), generator=rng)                 # n rows, any sample at any step
+            rows = torch.randint(count, (config.update_batch,), generator=rng)[p::W]           # n rows, any sample at any step
             for chunk in tqdm(rows.split(config.batch), f"update {update + 1}", leave=False):
                 loss, info = loss_at(chunk, uncond, config)
-                (loss * len(chunk) / len(rows)).backward()
+                (loss * len(chunk) / (len(rows) * W)).backward()
                 infos.append((update, len(chunk), info))
+            sum_gradients(parameters)
             norms.append(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item())
             optimizer.step()
             optimizer.zero_grad()
         if value:
             fit["value_error"] = fit_value(value, value_optimizer, states, returns, config.value_steps)
         row = {"epoch": epoch, "reward_queries": len(reward) if config.algo == "sft" else epoch * N, "reward_mean": reward.mean().item(),
-               "reward_std": reward.std(correction=0).item(), **averages(infos), **fit, "kl": mean_kl(pipe, rollout, uncond, config, rng),
+               "reward_std": reward.std(correction=0).item(), **averages(gather(infos)), **fit, "kl": mean_kl(pipe, rollout, uncond, config, rng),
                "grad_norm": sum(norms) / len(norms), "seconds": time.time() - started, "memory_gb": peak_memory(config.device)}
-        stop = watch(row, config)
-        last = stop or epoch == config.epochs
-        log_epoch(folder, row, writer)
-        if last or epoch % config.sample_every == 0:
-            show_samples(pipe, prompts, config, reward_fn, folder, epoch)
-        if last or epoch % config.save_every == 0:
-            save_checkpoint(folder, epoch, stop, pipe.unet, parts)
-        if stop:
+        if end_epoch(row, pipe, prompts, config, reward_fn, folder, writer, parts):
             break
-    report(before, evaluate(pipe, prompts, config, reward_fn), prompts, folder)
-    draw_progress(folder)
+    if p == 0:
+        report(before, evaluate(pipe, prompts, config, reward_fn), prompts, folder)
+        draw_progress(folder)
     return folder
 
 
@@ -888,7 +949,10 @@ def main(argv=None):
         again = f"; to go on: python dpok.py --resume {config.out}" if config and Path(config.out, "checkpoint.pt").exists() else ""
         print(f"dpok.py: error: {' '.join(str(error).split()) or 'interrupted'}{again}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
-    print(f"{folder}: comparison.png and progress.png show what changed, log.csv how, lora/ loads in diffusers")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if processes()[0] == 0:
+        print(f"{folder}: comparison.png and progress.png show what changed, log.csv how, lora/ loads in diffusers")
     return 0
 
 

@@ -18,6 +18,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -1233,6 +1234,35 @@ def test_a_folder_that_vanishes_or_is_full_stops_the_run_with_one_line(config, t
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     last = (tmp_path / "stderr.txt").read_text().splitlines()[-1]
     assert "too large" in last and f"--resume {run}" in last and ddpo.main(["--resume", str(run)]) == 0
+
+
+@pytest.mark.parametrize("script, algo", [(ddpo, "is"), (dpok, "rl"), (dpok, "sft")])
+def test_two_processes_are_one_with_the_same_samples(script, algo, config, tmp_path):
+    """torchrun on the CPU (gloo): the same rewards and LoRA but for rounding, one folder, and resuming goes on. A smooth reward, float32."""
+    (tmp_path / "own.py").write_text("import numpy as np\ndef bright(images, prompts):\n    return [float(np.asarray(i).mean()) for i in images]\n")
+    c = dataclasses.replace(config, reward=f"{tmp_path}/own.py:bright", algo=algo, updates_per_epoch=2, batch=2, clip_range=0.1)
+    c = c if script is ddpo else dpok_config(c, reward=c.reward, algo=algo)
+    arguments = flags(c, out=str(tmp_path / "two"))
+
+    def torchrun(*arguments):
+        return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script.__file__, *arguments],
+                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+
+    assert script.main(flags(c)) == 0
+    done = torchrun(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("progress.png show") == 1
+    one, two = read_log(c.out), read_log(tmp_path / "two")
+    for name in one[0].keys() - {"seconds", "memory_gb", "kl", "ratio_deviation"}:  # 0.002: a pixel may round to the next of 256 values
+        assert [float(row[name]) for row in two] == pytest.approx([float(row[name]) for row in one], rel=1e-4, abs=0.002), name
+    of_one = load_file(Path(c.out, "lora", "pytorch_lora_weights.safetensors"))
+    for name, tensor in load_file(tmp_path / "two" / "lora" / "pytorch_lora_weights.safetensors").items():
+        torch.testing.assert_close(tensor, of_one[name], rtol=0, atol=1e-5)
+    if algo == "rl":
+        assert torchrun("--resume", str(tmp_path / "two"), "--epochs", "3").returncode == 0 and len(read_log(tmp_path / "two")) == 3
+        refused = torchrun(*flags(c, batch=8, out=str(tmp_path / "refused")))
+        assert refused.returncode != 0 and "batch 8 must divide samples_per_epoch 8, with 2 process(es) 4 for each; try 4" in refused.stderr
+        assert not (tmp_path / "refused").exists()
 
 
 def test_a_run_starts_from_given_lora_and_its_kl_stays_to_the_model_without_any(config, tmp_path):

@@ -458,6 +458,7 @@ def check(config):
         (config.steps <= 500, f"steps {config.steps} must be at most 500, half of those the model was trained with; the papers take 50"),
         (N % (config.batch * W) == 0, f"batch {config.batch} must divide samples_per_epoch {N}, with {W} process(es) {N / W:g} for each; "
          f"try {math.gcd(N // W, config.batch)}"),
+        (not config.reward_options.keys() & {"name", "device"}, "reward_options must not hold name or device; use --reward and --device"),
         (above.is_dir() and os.access(above, os.W_OK | os.X_OK), f"out {config.out!r} cannot be made in {str(above)!r}; name another folder"),
         (config.resume or not config.out or above != out or not any(out.iterdir()), f"out {config.out!r} is not an empty folder; name a new one"),
     ]
@@ -481,8 +482,15 @@ def load_pipeline(config):
         kind = diffusers.StableDiffusionPipeline.load_config(source)["_class_name"]
         if kind != "StableDiffusionPipeline":
             raise ValueError(f"it is a {kind}")
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(source, safety_checker=None, feature_extractor=None,
-                                                                 requires_safety_checker=False, use_safetensors=True)
+        parts = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, "text_encoder": transformers.CLIPTextModel}
+        for name, kind in parts.items():
+            parts[name], info = kind.from_pretrained(source, subfolder=name, use_safetensors=True, output_loading_info=True)
+            if info["missing_keys"]:  # these would be random numbers
+                raise ValueError(f"its {name} lacks {sorted(info['missing_keys'])[0]}")
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(source, **parts, safety_checker=None, feature_extractor=None,
+                                                                 requires_safety_checker=False)
+        if set(pipe.tokenizer("a").input_ids) <= set(pipe.tokenizer.all_special_ids):
+            raise ValueError("its tokenizer has no vocabulary")
         pipe.to(config.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     except Exception as error:  # whatever a folder or a hub comes up with
         raise ValueError(f"model {config.model!r} cannot be loaded ({first_line(error)}); give a Stable Diffusion 1.x or 2.x folder with "

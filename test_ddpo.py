@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -688,7 +689,7 @@ def test_algorithm_2_is_a_weighted_regression_to_noised_data_at_any_step_but_the
 
 def test_settings_of_one_algorithm_yield_to_those_named_in_a_file_or_flag():
     """sft has a learning rate of its own, unless dpok.json or the command line names one; sf makes one update."""
-    assert dpok.parse(["--algo", "sft", "--model", "x"]).lr == 2e-5 and dpok.parse(["--algo", "sft", "--device", "cpu"]).lr == 3e-3
+    assert dpok.parse(["--algo", "sft", "--model", "x"]).lr == 2e-5 and dpok.parse(["--algo", "sft", "--device", "cpu"]).lr == 2e-3
     assert dpok.parse(["--algo", "sft", "--lr", "1e-4", "--device", "cpu"]).lr == 1e-4
     assert ddpo.parse(["--algo", "sf", "--device", "cpu"]).updates_per_epoch == 1 and ddpo.parse(["--device", "cpu"]).updates_per_epoch == 4
 
@@ -1006,44 +1007,69 @@ def test_prompt_sets_are_the_papers(tmp_path):
     assert ddpo.load_prompts(str(tmp_path / "own.txt")) == ["a cat", "a dog"] and ddpo.load_prompts("two red squares") == ["two red squares"]
 
 
-REFUSED = [  # flags, what the last line of stderr names
-    (["--reward", "beauty"], "'beauty'"), (["--reward", "nowhere.py:f"], "'nowhere.py'"), (["--reward", "rewards.py:nothing"], "'nothing'"),
-    (["--prompts", "plants"], "'plants'"), (["--prompts", "nowhere.txt"], "'nowhere.txt'"), (["--prompts", "EMPTY"], "is empty"),
-    (["--algo", "ppo"], "'ppo'"), (["--algo", "sf", "--updates_per_epoch", "2"], "updates_per_epoch 2"),
-    (["--updates_per_epoch", "3"], "updates_per_epoch 3"), (["--batch", "3"], "batch 3"), (["--samples_per_epoch", "0"], "samples_per_epoch 0"),
-    (["--steps", "501"], "steps 501"), (["--steps", "x"], "'x'"), (["--eta", "0"], "eta 0"), (["--eta", "1.5"], "eta 1.5"), (["--lr", "nan"], "lr nan"),
-    (["--kl_weight", "-1"], "kl_weight -1"), (["--clip_range", "0"], "clip_range 0"), (["--min_count", "64"], "min_count 64"),
-    (["--out", "FULL"], "not an empty folder"), (["--device", "abacus"], "'abacus'"), (["--precision", "fp8"], "'fp8'"),
-    (["--config", "nowhere.json"], "'nowhere.json'"), (["--config", "UNKNOWN"], "learning_rate"), (["--config", "WRONG"], "lr 'fast'"),
-    (["--epoch", "3"], "--epoch"), (["--reward_options", "quality"], "key=value"), (["--model", "nowhere/at-all"], "'nowhere/at-all'"),
-    (["--model", "DDPM"], "DDPMPipeline"), (["--model", "CLIPS"], "thresholding"), (["--seed", "9" * 30], "seed 999"), (["--out", "EMPTY/run"], "empty.txt'"),
-    (["--prompts", "LATIN"], "UTF-8"), (["--reward_options", "quality=80"], "quality"), (["--device", "meta"], "'meta'"),
+REFUSED = [  # flags, what the last line of stderr names; a word in capitals is a file below
+    ("--reward beauty", "'beauty'"), ("--reward nowhere.py:f", "'nowhere.py'"), ("--reward rewards.py:nothing", "'nothing'"), ("--reward rewards.py", "'rewards.py'"),
+    ("--reward OWN:missing", "'missing'"), ("--reward OWN:fails", "too many positional"), ("--reward BROKEN:f", "correct it"), ("--reward aesthetic --reward_options head=x", "'openai/clip"),
+    ("--reward_options quality", "key=value"), ("--reward_options quality=80", "quality"), ("--reward_options device=cpu", "--device"),
+    ("--prompts plants", "'plants'"), ("--prompts nowhere.txt", "'nowhere.txt'"), ("--prompts EMPTY", "is empty"), ("--prompts LATIN", "UTF-8"), ("--prompts=", "''"),
+    ("--algo ppo", "'ppo'"), ("--batch 3", "batch 3"), ("--samples_per_epoch 0", "samples_per_epoch 0"), ("--samples_per_epoch 6", "batch 4"),
+    ("--steps 501", "steps 501"), ("--steps x", "'x'"), ("--steps 2.5", "'2.5'"), ("--eta 0", "eta 0"), ("--eta 1.5", "eta 1.5"), ("--lr nan", "lr nan"), ("--lr 0", "lr 0"),
+    ("--guidance -1", "guidance -1"), ("--guidance inf", "guidance inf"), ("--rank 0", "rank 0"), ("--clip_range 0", "clip_range 0"), ("--epochs 0", "epochs 0"),
+    ("--max_grad_norm -1", "max_grad_norm -1"), ("--sample_every 0", "sample_every 0"), ("--save_every 0", "save_every 0"), ("--seed -1", "seed -1"),
+    ("--seed " + "9" * 30, "seed 999"), ("--out FULL", "not an empty folder"), ("--out EMPTY/run", "empty.txt'"), ("--device abacus", "'abacus'"),
+    ("--device meta", "'meta'"), ("--precision fp8", "'fp8'"), ("--epoch 3", "--epoch"), ("epochs", "epochs"), ("--lr", "--lr"),
+    ("--config nowhere.json", "'nowhere.json'"), ("--config UNKNOWN", "learning_rate"), ("--config WRONG", "lr 'fast'"), ("--config LIST", "list.json"),
+    ("--config EMPTY", "empty.txt"), ("--config FULL", "full"), ("--model nowhere/at-all", "'nowhere/at-all'"), ("--model FULL", "full"),
+    ("--model DDPM", "DDPMPipeline"), ("--model CLIPS", "thresholding"), ("--model CUT", "cut"), ("--model GONE", "gone"), ("--model NAMELESS", "lacks"),
+    ("--model WORDLESS", "no vocabulary"), ("--model MISFIT", "draws no image"), ("--lora nowhere", "nowhere/pytorch_lora_weights.safetensors"),
+    ("--lora CUT/unet", "pytorch_lora_weights"), ("--resume nowhere", "'nowhere'"), ("--resume FULL", "full"),
+]
+REFUSED = [(ddpo, *row) for row in REFUSED] + [(dpok, *row) for row in REFUSED] + [
+    (ddpo, "--algo sf --updates_per_epoch 2", "updates_per_epoch 2"), (ddpo, "--updates_per_epoch 3", "updates_per_epoch 3"),
+    (ddpo, "--kl_weight -1", "kl_weight -1"), (ddpo, "--min_count 64", "min_count 64"), (ddpo, "--advantage_clip 0", "advantage_clip 0"),
+    (dpok, "--beta -1", "beta -1"), (dpok, "--gamma nan", "gamma nan"), (dpok, "--value_lr 0", "value_lr 0"), (dpok, "--update_batch 0", "update_batch 0"),
+    (dpok, "--evaluation_images 1", "evaluation_images 1"), (dpok, "--algo sft --steps 1", "steps 1"), (dpok, "--unseen plants", "'plants'"), (dpok, "--value maybe", "maybe"),
 ]
 
 
-@pytest.mark.parametrize("bad, word", REFUSED, ids=[" ".join(bad) for bad, _ in REFUSED])
-def test_bad_input_is_refused_in_one_line_before_anything_is_written(bad, word, config, tmp_path, monkeypatch, capsys):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "something").touch()
-    (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "unknown.json").write_text('{"learning_rate": 1}')
-    (tmp_path / "wrong.json").write_text('{"lr": "fast"}')
-    (tmp_path / "ddpm").mkdir()
-    (tmp_path / "ddpm" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
-    (tmp_path / "latin.txt").write_bytes("ein Bär".encode("latin-1"))
-    shutil.copytree(config.model, tmp_path / "clips")
-    scheduler = tmp_path / "clips" / "scheduler" / "scheduler_config.json"
+@pytest.fixture(scope="session")
+def bad(pipeline, tmp_path_factory):
+    """A folder of files that are no good, and their names in REFUSED."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name, content in (("empty.txt", b"\n"), ("unknown.json", b'{"learning_rate": 1}'), ("wrong.json", b'{"lr": "fast"}'), ("list.json", b"[1]"),
+                          ("latin.txt", "ein B\u00e4r".encode("latin-1")), ("broken.py", b"def f(images"), ("own.py", b"def fails(): pass\n")):
+        (folder / name).write_bytes(content)
+    for name in ("full", "ddpm"):
+        (folder / name).mkdir()
+        (folder / name / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}' if name == "ddpm" else "")
+    for name in ("clips", "cut", "gone", "nameless", "wordless", "misfit"):
+        shutil.copytree(pipeline, folder / name)
+    scheduler, unet = folder / "clips" / "scheduler" / "scheduler_config.json", folder / "cut" / "unet" / "diffusion_pytorch_model.safetensors"
     scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "thresholding": True}))
-    places = {"FULL": "full", "EMPTY": "empty.txt", "EMPTY/run": "empty.txt/run", "UNKNOWN": "unknown.json", "WRONG": "wrong.json", "DDPM": "ddpm",
-              "CLIPS": "clips", "LATIN": "latin.txt"}
-    bad, word = [str(tmp_path / places[part]) if part in places else part for part in bad], places.get(word, word)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    unet.write_bytes(unet.read_bytes()[:9999])
+    (folder / "cut" / "unet" / "pytorch_lora_weights.safetensors").write_bytes(b"not tensors")
+    shutil.rmtree(folder / "gone" / "vae")
+    weights = load_file(folder / "nameless" / "text_encoder" / "model.safetensors")
+    save_file({f"other.{name}": tensor for name, tensor in weights.items()}, folder / "nameless" / "text_encoder" / "model.safetensors", {"format": "pt"})
+    for file in (folder / "wordless" / "tokenizer").iterdir():
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    diffusers.UNet2DConditionModel.from_config(tiny_unet().config, cross_attention_dim=24).save_pretrained(folder / "misfit" / "unet")
+    return folder, {name.partition(".")[0].upper(): name for name in os.listdir(folder)}
+
+
+@pytest.mark.parametrize("script, line, word", REFUSED, ids=[f"{script.__name__} {line}" for script, line, _ in REFUSED])
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(script, line, word, bad, config, tmp_path, monkeypatch, capsys):
+    folder, places = bad
     monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    base = [flag for flag in flags(config) if not ("--config" in bad and flag.startswith("--lr"))]
-    assert ddpo.main(base + bad) == 2
+    base = flags(config if script is ddpo else dpok_config(config))
+    base = [flag for flag in base if not ("--config" in line and flag.startswith("--lr"))] if "--resume" not in line else []
+    line = [str(folder / re.sub(r"^[A-Z]+", lambda m: places[m[0]], part)) if re.match(r"[A-Z]", part) else part for part in line.split(" ")]
+    assert script.main(base + line) == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert error[-1].startswith("ddpo.py: error: ") and word in error[-1] and sorted(tmp_path.rglob("*")) == before
+    assert error[-1].startswith(f"{script.__name__}.py: error: ") and word in error[-1] and "Traceback" not in "".join(error)
+    assert not list(tmp_path.iterdir())
+
 
 
 @pytest.mark.parametrize("algo, updates", [("is", 2), ("sf", 1)])

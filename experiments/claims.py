@@ -12,8 +12,8 @@ pixel's value (0 to 1) between them. All numbers are in experiments/results/clai
 import argparse
 import contextlib
 import csv
+import dataclasses
 import json
-import os
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,7 +31,7 @@ import shapes_reward  # noqa: E402
 
 FOLDER, RESULTS = HERE.parent / "runs" / "claims", HERE / "results"
 KINDS = dict(zip(("colour", "count", "composition", "location"), dpok.PROMPTS["shapes"])) | {"bias": "four red circles"}
-METHODS = {"RL": [], "KL-O": ["--algo", "sft"], "KL-D": ["--algo", "sft", "--kl_d"]}
+METHODS = {"RL": [], "KL-O": ["--algo", "sft", "--lr", "3e-3"], "KL-D": ["--algo", "sft", "--lr", "3e-3", "--kl_d"]}
 BETAS = "0", "0.5"
 RUNS = {f"{method} {kind}": ["--prompts", prompt, *arguments] for method, arguments in METHODS.items() for kind, prompt in KINDS.items()}
 RUNS |= {f"jpeg beta {beta}": ["--prompts", KINDS["count"], "--reward", "jpeg", "--beta", beta] for beta in BETAS}
@@ -66,21 +66,22 @@ def measure(config, lora=None):
 
 
 def run(name, seed):
-    """Train, measure, and write measured.json last: a run without it was stopped, and starts over. What it prints is in <name>-<seed>.txt."""
-    folder = FOLDER / f"{name}-{seed}"
-    if (folder / "measured.json").exists():
-        return
+    """Train, measure, and write measured.json last. A run without it was stopped, and one of other settings is out of date: both start over. What
+    it prints is in <name>-<seed>.txt."""
     torch.set_num_threads(1)
-    shutil.rmtree(folder, ignore_errors=True)
-    with open(f"{folder}.txt", "w", encoding="utf-8") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+    folder = FOLDER / f"{name}-{seed}"
+    with open(f"{folder}.txt", "a", encoding="utf-8") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         config = settings(RUNS[name], seed=seed, out=folder)
+        if (folder / "measured.json").exists() and json.loads((folder / "config.json").read_text()) == dataclasses.asdict(config) | {"out": ""}:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
         dpok.train(config)
         scores = measure(config, folder / "lora")
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
         log = list(csv.DictReader(file))
     scores |= {"queries": int(log[-1]["reward_queries"]), "updates": len(log) * config.updates_per_epoch,
                "kl": sum(float(row["kl"]) for row in log[-5:]) / 5, "minutes": sum(float(row["seconds"]) for row in log) / 60}
-    (folder / "measured.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    dpok.replace(folder / "measured.json", (json.dumps(scores, indent=1) + "\n").encode())
 
 
 def pretrained(kind):
@@ -88,7 +89,7 @@ def pretrained(kind):
     file = FOLDER / f"pre-trained {kind}.json"
     if not file.exists():
         scores = measure(settings(["--prompts", KINDS[kind]]))
-        file.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        dpok.replace(file, (json.dumps(scores, indent=1) + "\n").encode())
     return json.loads(file.read_text(encoding="utf-8"))
 
 

@@ -6,7 +6,7 @@
 The policy-gradient methods need no gradient of the reward, so it may be anything that looks at the finished image: a file size, a
 model's opinion, your own function. A file given as `path/to/file.py:function` is run as it is: read it first if it came from a stranger.
 
-The models are the papers' own checkpoints on today's transformers. Wherever a class below takes a hub id, it also takes a folder that holds the
+The models are the papers' checkpoints (of the VLM a smaller one) on today's transformers. Wherever a class below takes a hub id, it also takes a folder that holds the
 same files: `--reward_options clip=FOLDER head=FOLDER`. Weights are read as safetensors or with weights_only=True.
 """
 import functools
@@ -37,7 +37,7 @@ def as_jpeg(image, quality):
 
 
 def jpeg_size(images):
-    """Size of each image as a JPEG file in kB (1000 bytes), quality 95 as in the authors' code (DDPO section 5.1, which gives none)."""
+    """Size of each image as a JPEG file in kB (1000 bytes), quality 95, as in the authors' code; DDPO section 5.1 gives none."""
     return torch.tensor([len(as_jpeg(image, 95).getvalue()) / 1000 for image in images])
 
 
@@ -59,30 +59,25 @@ def loading(what, source, option):
     try:
         yield
     except Exception as error:  # a hub, a file system, a foreign format: each has its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{what} of {source!r} cannot be loaded ({reason}); with a network a hub id will do, otherwise name a folder that "
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{what} of {source!r} cannot be loaded ({reason:.300}); with a network a hub id will do, otherwise name a folder that "
                          f"holds it: --reward_options {option}=FOLDER") from error
 
 
-def pretrained(kind, source, option, unused="", **options):
-    """kind.from_pretrained(source), frozen. No key may be missing, and every key of the checkpoint must be used or match `unused`; None for any."""
+def load_model(kind, source, option, unused="", **options):
+    """kind.from_pretrained(source), frozen, float32 unless told otherwise. Every key must be there, of the right shape, and used or match `unused`."""
     transformers.logging.set_verbosity_error()
     with loading("model", source, option):
-        model, info = kind.from_pretrained(source, output_loading_info=True, **options)
-        left_over = [key for key in info["unexpected_keys"] if unused is None or not re.fullmatch(unused, key)]
-        if left_over and unused is None:
-            print(f"{source}: {len(left_over)} weights are not used, beginning with {left_over[0]}", file=sys.stderr)
-        complain(info["missing_keys"], left_over if unused is not None else (), info["mismatched_keys"])
+        model, info = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **{"dtype": torch.float32} | options)
+        faults = {"missing": info["missing_keys"], "unexpected": [key for key in info["unexpected_keys"] if not re.fullmatch(unused, key)],
+                  "of another shape": info["mismatched_keys"]}
+        for fault, keys in faults.items():
+            if keys:
+                raise ValueError(f"{fault}: {', '.join(sorted(map(str, keys)))}")
     return model.eval().requires_grad_(False)
 
 
-def complain(missing, left_over, mismatched=()):
-    for keys, fault in ((missing, "lacks"), (left_over, "has the unknown"), (mismatched, "has a wrong shape for")):
-        if keys:
-            raise ValueError(f"the checkpoint {fault} {sorted(map(str, keys))[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
-
-
-def reads(tokenizer):
+def with_vocabulary(tokenizer):
     """The tokenizer, unless it came without its vocabulary, which transformers does not mind."""
     if set(tokenizer("the").input_ids) <= set(tokenizer.all_special_ids):
         raise ValueError("the vocabulary is missing")
@@ -92,14 +87,6 @@ def reads(tokenizer):
 def read(source, file):
     """A state dict saved by torch.save, from a hub id or a folder."""
     return torch.load(cached_file(source, file), map_location="cpu", weights_only=True)
-
-
-def fill(module, weights):
-    """Load a state dict in full, freeze. Raises ValueError for a key too few or too many, or of another shape."""
-    mine = module.state_dict()
-    complain(mine.keys() - weights.keys(), weights.keys() - mine.keys(), [k for k in mine if k in weights and mine[k].shape != weights[k].shape])
-    module.load_state_dict(weights)
-    return module.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------- rewards that are models
@@ -124,11 +111,6 @@ def five_layers():
                          nn.Linear(64, 16), nn.Linear(16, 1))
 
 
-def part(weights, prefix):
-    """What lies under `prefix`, without it."""
-    return {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
-
-
 def whole(option, value):
     """An option as a number above 0; from the command line it comes as text."""
     if not str(value).isdecimal() or int(value) == 0:
@@ -136,8 +118,9 @@ def whole(option, value):
     return int(value)
 
 
-def in_batches(score, batch, *lists):
-    return torch.cat([score(*(items[i:i + batch] for items in lists)) for i in range(0, len(lists[0]), batch)])
+def batched(model, images, prompts):
+    """model(images, prompts), model.batch at a time."""
+    return torch.cat([model(images[i:i + model.batch], prompts[i:i + model.batch]) for i in range(0, len(images), model.batch)])
 
 
 class Aesthetic:
@@ -145,57 +128,53 @@ class Aesthetic:
     ratings. The prompt is not looked at. Gamed by a style of its liking, whatever the subject."""
 
     def __init__(self, device="cpu", clip="openai/clip-vit-large-patch14", head="trl-lib/ddpo-aesthetic-predictor", batch=32):
-        self.clip = pretrained(transformers.CLIPVisionModelWithProjection, clip, "clip",
-                               r"text_model\..*|text_projection\..*|logit_scale|.*position_ids").to(device)
-        with loading("aesthetic-model.pth", head, "head"):
-            self.head = fill(five_layers(), {key.removeprefix("layers."): tensor for key, tensor in read(head, "aesthetic-model.pth").items()}).to(device)
         self.device, self.batch = device, whole("batch", batch)
+        self.clip = load_model(transformers.CLIPVisionModelWithProjection, clip, "clip", r"(text_model|text_projection)\..*|logit_scale").to(device)
+        self.head = nn.ModuleDict({"layers": five_layers()}).eval().requires_grad_(False).to(device)
+        with loading("aesthetic-model.pth", head, "head"):
+            self.head.load_state_dict(read(head, "aesthetic-model.pth"))
 
     def __call__(self, images, prompts):
-        def score(images):
-            embedding = self.clip(pixel_values=clip_pixels(images).to(self.device)).image_embeds
-            return self.head(embedding / embedding.norm(dim=-1, keepdim=True))[:, 0]
-        return in_batches(score, self.batch, images)
+        embedding = self.clip(pixel_values=clip_pixels(images).to(self.device)).image_embeds
+        return self.head["layers"](F.normalize(embedding, dim=-1))[:, 0]
 
 
 class ImageReward:
     """ImageReward (Xu et al., arXiv:2304.05977), DPOK's reward: BLIP reads the prompt with the image in its cross-attention, and a head trained on
     people's preferences scores the first token, [CLS]; mean 0 and deviation 1 on its own data. Gamed by over-saturated colours (DPOK section 5.3)."""
 
-    names = (("^norm", "post_layernorm"), ("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding"),
-             ("patch_embed.proj", "embeddings.patch_embedding"), ("^blocks", "encoder.layers"), (r"\.norm", ".layer_norm"),
-             (r"attn\.qkv", "self_attn.qkv"), (r"attn\.proj", "self_attn.projection"))  # of the vision model: timm's, transformers'
+    names = (("^blip.visual_encoder", "vision"), ("^blip.text_encoder", "text"), ("^mlp.layers", "head"), (r"vision\.norm", "vision.post_layernorm"),
+             ("cls_token", "embeddings.class_embedding"), ("pos_embed", "embeddings.position_embedding"), (r"\.norm", ".layer_norm"),
+             ("patch_embed.proj", "embeddings.patch_embedding"), (r"vision\.blocks", "vision.encoder.layers"),
+             (r"attn\.qkv", "self_attn.qkv"), (r"attn\.proj", "self_attn.projection"))  # timm's and BLIP's names, transformers'
+    unused = r"blip\.(vision|text)_proj\..*|.*position_ids"  # of BLIP's own training
 
     def __init__(self, device="cpu", source="zai-org/ImageReward", tokenizer="google-bert/bert-base-uncased", heads=16, batch=32):
         """heads: attention heads of the vision model (ViT-L), which no file of the checkpoint names."""
-        with loading("tokenizer", tokenizer, "tokenizer"):
-            self.tokenizer = reads(transformers.BertTokenizer.from_pretrained(tokenizer))
+        self.device, self.batch = device, whole("batch", batch)
+        with loading("vocab.txt", tokenizer, "tokenizer"):
+            self.tokenizer = transformers.BertTokenizer(cached_file(tokenizer, "vocab.txt"))
         with loading("ImageReward.pt or med_config.json", source, "source"):
             text = json.loads(Path(cached_file(source, "med_config.json")).read_text(encoding="utf-8"))
             text = {key: text[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "layer_norm_eps")}
-            weights = read(source, "ImageReward.pt")
-            weights = {key: tensor for key, tensor in weights.items()  # those that only BLIP's own training used are left out
-                       if not key.startswith(("blip.vision_proj.", "blip.text_proj.")) and not key.endswith("position_ids")}
-            complain((), [key for key in weights if not key.startswith(("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."))])
-            vision, words = part(weights, "blip.visual_encoder."), part(weights, "blip.text_encoder.")
+            weights = {key: tensor for key, tensor in read(source, "ImageReward.pt").items() if not re.fullmatch(self.unused, key)}
             for old, new in self.names:
-                vision = {re.sub(old, new, key): tensor for key, tensor in vision.items()}
-            width = vision["embeddings.class_embedding"].shape[-1]
-            self.vision = fill(transformers.BlipVisionModel(transformers.BlipVisionConfig(
+                weights = {re.sub(old, new, key): tensor for key, tensor in weights.items()}
+            width = weights["vision.embeddings.class_embedding"].shape[-1]
+            vision = transformers.BlipVisionConfig(
                 hidden_size=width, intermediate_size=4 * width, num_attention_heads=whole("heads", heads), image_size=224, patch_size=16, layer_norm_eps=1e-6,
-                num_hidden_layers=sum(key.endswith("qkv.weight") for key in vision))), vision).to(device)
-            self.text = fill(transformers.BlipTextModel(transformers.BlipTextConfig(
-                **text, vocab_size=len(words["embeddings.word_embeddings.weight"]), encoder_hidden_size=width), add_pooling_layer=False), words).to(device)
-            self.head = fill(five_layers(), part(weights, "mlp.layers.")).to(device)
-        self.device, self.batch = device, whole("batch", batch)
+                num_hidden_layers=sum(key.endswith("qkv.weight") for key in weights))
+            text = transformers.BlipTextConfig(**text, vocab_size=len(weights["text.embeddings.word_embeddings.weight"]), encoder_hidden_size=width)
+            self.model = nn.ModuleDict({"vision": transformers.BlipVisionModel(vision), "head": five_layers(),
+                                        "text": transformers.BlipTextModel(text, add_pooling_layer=False)}).eval().requires_grad_(False)
+            self.model.load_state_dict(weights)
+        self.model.to(device)
 
     def __call__(self, images, prompts):
-        def score(images, prompts):
-            seen = self.vision(clip_pixels(images).to(self.device)).last_hidden_state
-            texts = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt").to(self.device)
-            tokens = self.text(texts.input_ids, attention_mask=texts.attention_mask, encoder_hidden_states=seen).last_hidden_state
-            return (self.head(tokens[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
-        return in_batches(score, self.batch, images, prompts)
+        seen = self.model["vision"](clip_pixels(images).to(self.device)).last_hidden_state
+        texts = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt").to(self.device)
+        tokens = self.model["text"](texts.input_ids, attention_mask=texts.attention_mask, encoder_hidden_states=seen).last_hidden_state
+        return (self.model["head"](tokens[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
 class Alignment:
@@ -207,24 +186,22 @@ class Alignment:
     def __init__(self, device="cpu", vlm="llava-hf/llava-1.5-7b-hf", bert="microsoft/deberta-xlarge-mnli", layer=40, batch=16):
         """vlm: any image-text-to-text model with a chat template; half precision on a GPU, as the authors' 13B. layer: of the BERT's 48, the one whose
         output is compared."""
-        layer = whole("layer", layer)
+        self.device, self.batch, layer = device, whole("batch", batch), whole("layer", layer)
         above = "|".join(map(str, range(layer, 99)))
-        self.bert = pretrained(transformers.AutoModel, bert, "bert", rf"(\w+\.)?(encoder\.layer\.({above})\.|pooler\.|embeddings\.position_ids).*|classifier\..*",
+        self.bert = load_model(transformers.AutoModel, bert, "bert", rf"(\w+\.)?(encoder\.layer\.({above})\.|pooler\.|embeddings\.position_ids).*|classifier\..*",
                                num_hidden_layers=layer).to(device)
         with loading("tokenizer", bert, "bert"):
-            self.tokenizer = reads(transformers.AutoTokenizer.from_pretrained(bert))
-        self.vlm = pretrained(transformers.AutoModelForImageTextToText, vlm, "vlm", None,
-                              dtype=torch.float16 if str(device).startswith("cuda") else torch.float32).to(device)
+            self.tokenizer = with_vocabulary(transformers.AutoTokenizer.from_pretrained(bert))
+        self.vlm = load_model(transformers.AutoModelForImageTextToText, vlm, "vlm", dtype="auto" if str(device).startswith("cuda") else torch.float32).to(device)
         with loading("processor", vlm, "vlm"):
             self.processor = transformers.AutoProcessor.from_pretrained(vlm)
-            reads(self.processor.tokenizer).padding_side = "left"  # so that every answer begins at the same place
+            with_vocabulary(self.processor.tokenizer).padding_side = "left"  # so that every answer begins at the same place
             self.prompt = self.processor.apply_chat_template(
                 [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.question}]}], add_generation_prompt=True)
-        self.device, self.batch = device, whole("batch", batch)
 
     def answer(self, images):
         """What the model sees in each image, after JPEG compression at quality 80 (the released code's) -> list of str."""
-        inputs = self.processor(images=[Image.open(as_jpeg(image, 80)) for image in images], text=[self.prompt] * len(images), return_tensors="pt",
+        inputs = self.processor(images=[[Image.open(as_jpeg(image, 80))] for image in images], text=[self.prompt] * len(images), return_tensors="pt",
                                 padding=True).to(self.device, self.vlm.dtype)
         tokens = self.vlm.generate(**inputs, do_sample=False, max_new_tokens=64)
         return self.processor.batch_decode(tokens[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
@@ -245,8 +222,7 @@ class Alignment:
         return (best * wanted).sum(1) / wanted.sum(1) * words.any(1)
 
     def __call__(self, images, prompts):
-        return in_batches(lambda images, prompts: self.recall(self.answer(images), [self.reference.format(prompt) for prompt in prompts]),
-                          self.batch, images, prompts)
+        return self.recall(self.answer(images), [self.reference.format(prompt) for prompt in prompts])
 
 
 REWARDS = {"jpeg": jpeg, "incompressibility": incompressibility, "aesthetic": Aesthetic, "imagereward": ImageReward, "llava": Alignment}
@@ -296,7 +272,8 @@ def load(name, device="cpu", **options):
         inspect.signature(function).bind(*(() if model else ([], [])), **options)
     except TypeError as error:
         raise ValueError(f"reward {name!r} cannot be called with images, prompts and the reward_options {options} ({error}); correct them") from error
-    return functools.partial(score, function(device=device, **options) if model else functools.partial(function, **options), name)
+    function = functools.partial(batched, function(device=device, **options)) if model else functools.partial(function, **options)
+    return functools.partial(score, function, name)
 
 
 def where(error):
@@ -311,13 +288,9 @@ def score(function, name, images, prompts):
     if len(images) != len(prompts) or not images:
         raise ValueError(f"reward {name!r} was given {len(images)} images and {len(prompts)} prompts; give one prompt for each image")
     try:
-        result = function(images, prompts)
+        reward = torch.as_tensor(function(images, prompts)).detach().to("cpu", torch.float32)
     except (Exception, SystemExit) as error:  # whatever that function does
-        raise ValueError(f"reward {name!r} failed on the prompts from {prompts[0]!r} on ({where(error)}); correct it") from error
-    try:
-        reward = torch.as_tensor(result).detach().to("cpu", torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"reward {name!r} gave {result!r:.60} for the prompts from {prompts[0]!r} on; it must give one number an image") from error
+        raise ValueError(f"reward {name!r} failed on the prompts from {prompts[0]!r} on ({where(error)}); it must give one number an image") from error
     if reward.shape != (len(images),):
         raise ValueError(f"reward {name!r} gave a result of shape {tuple(reward.shape)} for the {len(images)} images of the prompts from "
                          f"{prompts[0]!r} on; it must give one number an image, shape ({len(images)},)")

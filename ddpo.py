@@ -497,6 +497,9 @@ def load_pipeline(config):
                          "safetensors, or a hub id and a network, or run the small model with --config shapes/ddpo.json") from error
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
                                                          timestep_spacing="leading")
+    if config.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 is multiplied
+        pipe.unet.to(memory_format=torch.channels_last)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False).eval()
     return pipe
@@ -589,7 +592,8 @@ def load_checkpoint(folder, unet, parts, config):
         for name, part in parts.items():
             part.load_state_dict(saved["parts"][name])
     except Exception as error:  # cut short, or something else entirely
-        raise ValueError(f"checkpoint {str(file)!r} cannot be used ({first_line(error)}); start anew with --config {folder / 'config.json'}") from error
+        raise ValueError(f"checkpoint {str(file)!r} cannot be used ({first_line(error)}); start anew with --config "
+                         f"{folder / 'config.json'}") from error
     if epoch > config.epochs:
         raise ValueError(f"epochs {config.epochs} is below the {epoch} that {str(folder)!r} has done; give at least as many")
     if processes()[0] == 0:

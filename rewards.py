@@ -6,8 +6,8 @@
 The policy-gradient methods need no gradient of the reward, so it may be anything that looks at the finished image: a file size, a
 model's opinion, your own function. A file given as `path/to/file.py:function` is run as it is: read it first if it came from a stranger.
 
-The models are the papers' checkpoints (of the VLM a smaller one) on today's transformers. Wherever a class below takes a hub id, it also takes a folder that holds the
-same files: `--reward_options clip=FOLDER head=FOLDER`. Weights are read as safetensors or with weights_only=True.
+The models are the papers' checkpoints (of the VLM a smaller one) on today's transformers. Wherever a class below takes a hub id, it also takes a
+folder that holds the same files: `--reward_options clip=FOLDER head=FOLDER`. Weights are read as safetensors or with weights_only=True.
 """
 import functools
 import importlib.util
@@ -65,7 +65,7 @@ def loading(what, source, option):
 
 
 def load_model(kind, source, option, unused="", **options):
-    """kind.from_pretrained(source), frozen, float32 unless told otherwise. Every key must be there, of the right shape, and used or match `unused`."""
+    """kind.from_pretrained(source), frozen, float32 unless told otherwise. Every key must be there, of its shape, and used or match `unused`."""
     transformers.logging.set_verbosity_error()
     with loading("model", source, option):
         model, info = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **{"dtype": torch.float32} | options)
@@ -162,8 +162,8 @@ class ImageReward:
                 weights = {re.sub(old, new, key): tensor for key, tensor in weights.items()}
             width = weights["vision.embeddings.class_embedding"].shape[-1]
             vision = transformers.BlipVisionConfig(
-                hidden_size=width, intermediate_size=4 * width, num_attention_heads=whole("heads", heads), image_size=224, patch_size=16, layer_norm_eps=1e-6,
-                num_hidden_layers=sum(key.endswith("qkv.weight") for key in weights))
+                hidden_size=width, intermediate_size=4 * width, num_attention_heads=whole("heads", heads), image_size=224, patch_size=16,
+                layer_norm_eps=1e-6, num_hidden_layers=sum(key.endswith("qkv.weight") for key in weights))
             text = transformers.BlipTextConfig(**text, vocab_size=len(weights["text.embeddings.word_embeddings.weight"]), encoder_hidden_size=width)
             self.model = nn.ModuleDict({"vision": transformers.BlipVisionModel(vision), "head": five_layers(),
                                         "text": transformers.BlipTextModel(text, add_pooling_layer=False)}).eval().requires_grad_(False)
@@ -184,15 +184,16 @@ class Alignment:
     question, reference = "Answer concisely: what is going on in this image?", "The image contains {}"  # the released code's
 
     def __init__(self, device="cpu", vlm="llava-hf/llava-1.5-7b-hf", bert="microsoft/deberta-xlarge-mnli", layer=40, batch=16):
-        """vlm: any image-text-to-text model with a chat template; half precision on a GPU, as the authors' 13B. layer: of the BERT's 48, the one whose
-        output is compared."""
+        """vlm: any image-text-to-text model with a chat template; on a GPU in its checkpoint's precision (LLaVA's is half, as the authors').
+        layer: of the BERT's 48, the one whose output is compared."""
         self.device, self.batch, layer = device, whole("batch", batch), whole("layer", layer)
-        above = "|".join(map(str, range(layer, 99)))
-        self.bert = load_model(transformers.AutoModel, bert, "bert", rf"(\w+\.)?(encoder\.layer\.({above})\.|pooler\.|embeddings\.position_ids).*|classifier\..*",
-                               num_hidden_layers=layer).to(device)
+        above = "|".join(map(str, range(layer, 99)))  # the layers that are not needed
+        unused = rf"(\w+\.)?(encoder\.layer\.({above})\.|pooler\.|embeddings\.position_ids).*|classifier\..*"
+        self.bert = load_model(transformers.AutoModel, bert, "bert", unused, num_hidden_layers=layer).to(device)
         with loading("tokenizer", bert, "bert"):
             self.tokenizer = with_vocabulary(transformers.AutoTokenizer.from_pretrained(bert))
-        self.vlm = load_model(transformers.AutoModelForImageTextToText, vlm, "vlm", dtype="auto" if str(device).startswith("cuda") else torch.float32).to(device)
+        dtype = "auto" if str(device).startswith("cuda") else torch.float32
+        self.vlm = load_model(transformers.AutoModelForImageTextToText, vlm, "vlm", dtype=dtype).to(device)
         with loading("processor", vlm, "vlm"):
             self.processor = transformers.AutoProcessor.from_pretrained(vlm)
             with_vocabulary(self.processor.tokenizer).padding_side = "left"  # so that every answer begins at the same place

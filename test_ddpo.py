@@ -273,6 +273,24 @@ def test_images_are_those_of_stock_diffusers_with_ddim_eta_1(config):
         assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
 
 
+def test_a_tuned_model_draws_in_stock_diffusers_what_it_draws_here(config, tmp_path):
+    """As the README says: the LoRA through peft, DDIM with eta 1, the same generators."""
+    pytest.importorskip("peft")
+    pipe, prompts = load(config), ["cat", "dog"]
+    untuned = ddpo.sample(pipe, prompts, config, ddpo.generators(0, 1, range(2))).images
+    disturb(pipe.unet)
+    ddpo.save_lora(pipe.unet, tmp_path)
+    ours = ddpo.sample(pipe, prompts, config, ddpo.generators(0, 1, range(2))).images
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(config.model, safety_checker=None)
+    stock.load_lora_weights(tmp_path)
+    stock.scheduler = diffusers.DDIMScheduler.from_config(stock.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    stock.set_progress_bar_config(disable=True)
+    theirs = stock(prompts, num_inference_steps=config.steps, guidance_scale=config.guidance, eta=1.0,
+                   generator=ddpo.generators(0, 1, range(2))).images
+    distance = lambda images: max(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in zip(ours, images))  # noqa: E731
+    assert distance(theirs) <= 1 < distance(untuned)
+
+
 def test_the_ratio_is_one_before_the_first_update(config):
     """log p recomputed from the stored latents, rows in another order, is the log p of the sampling: no reward is needed to see it."""
     pipe = load(config)
@@ -618,7 +636,8 @@ def test_a_run_of_dpok_leaves_its_folder_and_its_evaluation(algo, kl_d, config, 
 
 def test_two_rounds_of_dpok_are_algorithm_1_done_one_row_at_a_time(config):
     """Eight samples, three steps, two updates a round of twelve random rows: alpha times the clipped ratio times r - V, beta times the step's
-    KL, V fitted before the first round's updates and after each round's. The clip is wide and the norm uncut, so that every factor shows; plain weights, so does their decay."""
+    KL, V fitted before the first round's updates and after each round's. The clip is wide and
+    the norm uncut, so that every factor shows; plain weights, so does their decay."""
     c = dpok_config(config, epochs=2, alpha=3.0, beta=0.5, clip_range=0.05, max_grad_norm=1e9, weight_decay=0.5, lr=3e-3, value_lr=1e-2, sample_every=9)
     trained, pipe = dpok.train(c), dpok.load_pipeline(c)
     parameters = dpok.add_lora(pipe.unet, c.rank, torch.Generator().manual_seed(c.seed))
@@ -760,14 +779,15 @@ def layer(name, outputs, *inputs):
 
 def head(prefix):
     sizes = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
-    return {prefix + key.removeprefix("mlp."): fill(key, shape, 6.0) for i, size in sizes.items() for key, shape in layer(f"mlp.layers.{i}", *size).items()}
+    shapes = {key: shape for i, size in sizes.items() for key, shape in layer(f"mlp.layers.{i}", *size).items()}
+    return {prefix + key.removeprefix("mlp."): fill(key, shape, 6.0) for key, shape in shapes.items()}
 
 
 def write_aesthetic(folder):
     sizes = {"intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     clip = transformers.CLIPModel(transformers.CLIPConfig(  # the whole of CLIP, as on the hub
-        vision_config={**sizes, "hidden_size": 64, "patch_size": 14, "image_size": 224, "projection_dim": 768}, text_config={**sizes, "hidden_size": 32, "vocab_size": 99},
-        projection_dim=768))
+        vision_config={**sizes, "hidden_size": 64, "patch_size": 14, "image_size": 224, "projection_dim": 768},
+        text_config={**sizes, "hidden_size": 32, "vocab_size": 99}, projection_dim=768))
     clip.load_state_dict({key: fill(key, tensor.shape) for key, tensor in clip.state_dict().items()})
     clip.save_pretrained(folder)
     weights = load_file(folder / "model.safetensors") | {f"{part}_model.embeddings.position_ids": torch.arange(9)[None] for part in ("text", "vision")}
@@ -919,9 +939,10 @@ def test_clip_pixels_are_the_middle_of_the_image_with_its_shorter_side_at_224():
 
 
 DAMAGED = [  # reward, file, what happens to it, what the error names
-    ("aesthetic", "aesthetic-model.pth", "truncated", "aesthetic-model.pth"), ("aesthetic", "aesthetic-model.pth", "gone", "aesthetic-model.pth"),
-    ("aesthetic", "aesthetic-model.pth", "layers.4.bias", "layers.4.bias"), ("aesthetic", "aesthetic-model.pth", "+layers.8.bias", "layers.8.bias"),
-    ("aesthetic", "model.safetensors", "truncated", "clip=FOLDER"), ("aesthetic", "model.safetensors", "+vision_model.other", "unexpected: vision_model.other"),
+    ("aesthetic", "aesthetic-model.pth", "truncated", "aesthetic-model.pth"),
+    ("aesthetic", "aesthetic-model.pth", "gone", "aesthetic-model.pth"), ("aesthetic", "aesthetic-model.pth", "layers.4.bias", "layers.4.bias"),
+    ("aesthetic", "aesthetic-model.pth", "+layers.8.bias", "layers.8.bias"), ("aesthetic", "model.safetensors", "truncated", "clip=FOLDER"),
+    ("aesthetic", "model.safetensors", "+vision_model.other", "unexpected: vision_model.other"),
     ("aesthetic", "model.safetensors", "visual_projection.weight", "missing: visual_projection.weight"),
     ("imagereward", "ImageReward.pt", "truncated", "ImageReward.pt"), ("imagereward", "ImageReward.pt", "foreign", "ImageReward.pt"),
     ("imagereward", "ImageReward.pt", "blip.text_encoder.encoder.layer.1.output.dense.bias", "text.encoder.layer.1.output.dense.bias"),
@@ -932,9 +953,11 @@ DAMAGED = [  # reward, file, what happens to it, what the error names
     ("llava", "bert/pytorch_model.bin", "+deberta.encoder.layer.2.other", "unexpected: deberta.encoder.layer.2.other"),
     ("llava", "bert/pytorch_model.bin", "deberta.encoder.layer.2.output.dense.bias", "missing: encoder.layer.2.output.dense.bias"),
     ("llava", "model.safetensors", "language_model.model.norm.weight", "norm.weight"), ("llava", "processor_config.json", "gone", "vlm=FOLDER"),
-    ("aesthetic", "model.safetensors", "+text_other.x", "unexpected: text_other.x"), ("aesthetic", "model.safetensors", "~visual_projection.weight", "shape: "),
-    ("imagereward", "ImageReward.pt", "~mlp.layers.7.bias", "head.7.bias"), ("llava", "model.safetensors", "+lm_head.other", "unexpected: lm_head.other"),
-    ("llava", "bert/vocab.json", "gone", "bert=FOLDER"), ("llava", "tokenizer.json", "gone", "vlm=FOLDER"),
+    ("aesthetic", "model.safetensors", "+text_other.x", "unexpected: text_other.x"),
+    ("aesthetic", "model.safetensors", "~visual_projection.weight", "shape: "),
+    ("imagereward", "ImageReward.pt", "~mlp.layers.7.bias", "head.7.bias"),
+    ("llava", "model.safetensors", "+lm_head.other", "unexpected: lm_head.other"), ("llava", "bert/vocab.json", "gone", "bert=FOLDER"),
+    ("llava", "tokenizer.json", "gone", "vlm=FOLDER"),
 ]
 
 
@@ -1022,27 +1045,30 @@ def test_prompt_sets_are_the_papers(tmp_path):
 
 
 REFUSED = [  # flags, what the last line of stderr names; a word in capitals is a file below
-    ("--reward beauty", "'beauty'"), ("--reward nowhere.py:f", "'nowhere.py'"), ("--reward rewards.py:nothing", "'nothing'"), ("--reward rewards.py", "'rewards.py'"),
-    ("--reward OWN:missing", "'missing'"), ("--reward OWN:fails", "too many positional"), ("--reward BROKEN:f", "correct it"), ("--reward aesthetic --reward_options head=x", "'openai/clip"),
+    ("--reward beauty", "'beauty'"), ("--reward nowhere.py:f", "'nowhere.py'"), ("--reward rewards.py:nothing", "'nothing'"),
+    ("--reward rewards.py", "'rewards.py'"), ("--reward OWN:missing", "'missing'"), ("--reward OWN:fails", "too many positional"),
+    ("--reward BROKEN:f", "correct it"), ("--reward aesthetic --reward_options head=x", "'openai/clip"),
     ("--reward_options quality", "key=value"), ("--reward_options quality=80", "quality"), ("--reward_options device=cpu", "--device"),
-    ("--prompts plants", "'plants'"), ("--prompts nowhere.txt", "'nowhere.txt'"), ("--prompts EMPTY", "is empty"), ("--prompts LATIN", "UTF-8"), ("--prompts=", "''"),
-    ("--algo ppo", "'ppo'"), ("--batch 3", "batch 3"), ("--samples_per_epoch 0", "samples_per_epoch 0"), ("--samples_per_epoch 6", "batch 4"),
-    ("--steps 501", "steps 501"), ("--steps x", "'x'"), ("--steps 2.5", "'2.5'"), ("--eta 0", "eta 0"), ("--eta 1.5", "eta 1.5"), ("--lr nan", "lr nan"), ("--lr 0", "lr 0"),
-    ("--guidance -1", "guidance -1"), ("--guidance inf", "guidance inf"), ("--rank 0", "rank 0"), ("--clip_range 0", "clip_range 0"), ("--epochs 0", "epochs 0"),
-    ("--max_grad_norm -1", "max_grad_norm -1"), ("--sample_every 0", "sample_every 0"), ("--save_every 0", "save_every 0"), ("--seed -1", "seed -1"),
-    ("--seed " + "9" * 30, "seed 999"), ("--out FULL", "not an empty folder"), ("--out EMPTY/run", "empty.txt'"), ("--device abacus", "'abacus'"),
-    ("--device meta", "'meta'"), ("--precision fp8", "'fp8'"), ("--epoch 3", "--epoch"), ("epochs", "epochs"), ("--lr", "--lr"),
-    ("--config nowhere.json", "'nowhere.json'"), ("--config UNKNOWN", "learning_rate"), ("--config WRONG", "lr 'fast'"), ("--config LIST", "list.json"),
-    ("--config EMPTY", "empty.txt"), ("--config FULL", "full"), ("--model nowhere/at-all", "'nowhere/at-all'"), ("--model FULL", "full"),
-    ("--model DDPM", "DDPMPipeline"), ("--model CLIPS", "thresholding"), ("--model CUT", "cut"), ("--model GONE", "gone"), ("--model NAMELESS", "lacks"),
+    ("--prompts plants", "'plants'"), ("--prompts nowhere.txt", "'nowhere.txt'"), ("--prompts EMPTY", "is empty"), ("--prompts LATIN", "UTF-8"),
+    ("--prompts=", "''"), ("--algo ppo", "'ppo'"), ("--batch 3", "batch 3"), ("--samples_per_epoch 0", "samples_per_epoch 0"),
+    ("--samples_per_epoch 6", "batch 4"), ("--steps 501", "steps 501"), ("--steps x", "'x'"), ("--steps 2.5", "'2.5'"), ("--eta 0", "eta 0"),
+    ("--eta 1.5", "eta 1.5"), ("--lr nan", "lr nan"), ("--lr 0", "lr 0"), ("--guidance -1", "guidance -1"), ("--guidance inf", "guidance inf"),
+    ("--rank 0", "rank 0"), ("--clip_range 0", "clip_range 0"), ("--epochs 0", "epochs 0"), ("--max_grad_norm -1", "max_grad_norm -1"),
+    ("--sample_every 0", "sample_every 0"), ("--save_every 0", "save_every 0"), ("--seed -1", "seed -1"), ("--seed " + "9" * 30, "seed 999"),
+    ("--out FULL", "not an empty folder"), ("--out EMPTY/run", "empty.txt'"), ("--device abacus", "'abacus'"), ("--device meta", "'meta'"),
+    ("--precision fp8", "'fp8'"), ("--epoch 3", "--epoch"), ("epochs", "epochs"), ("--lr", "--lr"), ("--config nowhere.json", "'nowhere.json'"),
+    ("--config UNKNOWN", "learning_rate"), ("--config WRONG", "lr 'fast'"), ("--config LIST", "list.json"), ("--config EMPTY", "empty.txt"),
+    ("--config FULL", "full"), ("--model nowhere/at-all", "'nowhere/at-all'"), ("--model FULL", "full"), ("--model DDPM", "DDPMPipeline"),
+    ("--model CLIPS", "thresholding"), ("--model CUT", "cut"), ("--model GONE", "gone"), ("--model NAMELESS", "lacks"),
     ("--model WORDLESS", "no vocabulary"), ("--model MISFIT", "draws no image"), ("--lora nowhere", "nowhere/pytorch_lora_weights.safetensors"),
     ("--lora CUT/unet", "pytorch_lora_weights"), ("--resume nowhere", "'nowhere'"), ("--resume FULL", "full"),
 ]
 REFUSED = [(ddpo, *row) for row in REFUSED] + [(dpok, *row) for row in REFUSED] + [
     (ddpo, "--algo sf --updates_per_epoch 2", "updates_per_epoch 2"), (ddpo, "--updates_per_epoch 3", "updates_per_epoch 3"),
     (ddpo, "--kl_weight -1", "kl_weight -1"), (ddpo, "--min_count 64", "min_count 64"), (ddpo, "--advantage_clip 0", "advantage_clip 0"),
-    (dpok, "--beta -1", "beta -1"), (dpok, "--gamma nan", "gamma nan"), (dpok, "--value_lr 0", "value_lr 0"), (dpok, "--update_batch 0", "update_batch 0"),
-    (dpok, "--evaluation_images 1", "evaluation_images 1"), (dpok, "--algo sft --steps 1", "steps 1"), (dpok, "--unseen plants", "'plants'"), (dpok, "--value maybe", "maybe"),
+    (dpok, "--beta -1", "beta -1"), (dpok, "--gamma nan", "gamma nan"), (dpok, "--value_lr 0", "value_lr 0"),
+    (dpok, "--update_batch 0", "update_batch 0"), (dpok, "--evaluation_images 1", "evaluation_images 1"),
+    (dpok, "--algo sft --steps 1", "steps 1"), (dpok, "--unseen plants", "'plants'"), (dpok, "--value maybe", "maybe"),
 ]
 
 

@@ -40,7 +40,8 @@ OTHER = [p for p in dpok.load_prompts("shapes/prompts.txt") if p not in KINDS.va
 
 
 def settings(arguments, **more):
-    return dpok.parse([*arguments, "--device", "cpu", "--precision", "fp32", "--evaluation_images", "2", *(word for name, value in more.items() for word in (f"--{name}", str(value)))])
+    more = {"device": "cpu", "precision": "fp32", "evaluation_images": 2, **more}
+    return dpok.parse([*arguments, *(f"--{name}={value}" for name, value in more.items())])
 
 
 def draw(pipe, config, prompts, count):
@@ -118,7 +119,8 @@ def tables(before, found):
     yield "\n| run | reward queries | updates | minutes |\n|---|---|---|---|"
     for name in ("RL", "KL-O", "KL-D", "jpeg"):
         runs = [scores for run, seeds in found.items() if run.startswith(name) for scores in seeds]
-        yield f"| {name} | " + " | ".join(f"{min(r[what] for r in runs):.3g} to {max(r[what] for r in runs):.3g}" for what in ("queries", "updates", "minutes")) + " |"
+        of_runs = ([scores[what] for scores in runs] for what in ("queries", "updates", "minutes"))
+        yield f"| {name} | " + " | ".join(f"{min(values):.3g} to {max(values):.3g}" for values in of_runs) + " |"
 
     start, free, held = before["count"]["other"], *(over_seeds(f"jpeg beta {beta}", "other") for beta in BETAS)
     size, varied = over_seeds(f"jpeg beta {BETAS[1]}", "trained", "size"), [over_seeds(f"jpeg beta {beta}", "other", "diversity") for beta in BETAS]

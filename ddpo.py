@@ -456,8 +456,8 @@ def check(config):
     rules = config.rules() + [
         (config.eta <= 1, f"eta {config.eta} must be at most 1, where DDIM is the ancestral sampler; use 1"),
         (config.steps <= 500, f"steps {config.steps} must be at most 500, half of those the model was trained with; the papers take 50"),
-        (N % (config.batch * W) == 0, f"batch {config.batch} must divide samples_per_epoch {N}, with {W} process(es) {N / W:g} for each; "
-         f"try {math.gcd(N // W, config.batch)}"),
+        (N % (config.batch * W) == 0, f"batch {config.batch} must divide samples_per_epoch {N}" + f" / {W} processes" * (W > 1)
+         + f"; try {math.gcd(N // W, config.batch)}"),
         (not config.reward_options.keys() & {"name", "device"}, "reward_options must not hold name or device; use --reward and --device"),
         (above.is_dir() and os.access(above, os.W_OK | os.X_OK), f"out {config.out!r} cannot be made in {str(above)!r}; name another folder"),
         (config.resume or not config.out or above != out or not any(out.iterdir()), f"out {config.out!r} is not an empty folder; name a new one"),
@@ -805,6 +805,7 @@ def parse(argv):
     script = Path(__file__).stem
     parser = argparse.ArgumentParser(f"{script}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    error, parser.error = parser.error, lambda message: error(f"{message}; --help shows each setting")
     parser.add_argument("--config", metavar="FILE.json", help="settings to start from, such as a run's config.json; flags override them")
     for f in dataclasses.fields(Config):
         group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group

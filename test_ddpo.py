@@ -1327,7 +1327,7 @@ def test_two_processes_are_one_with_the_same_samples(script, algo, config, tmp_p
     if algo == "rl":
         assert torchrun("--resume", str(tmp_path / "two"), "--epochs", "3").returncode == 0 and len(read_log(tmp_path / "two")) == 3
         refused = torchrun(*flags(c, batch=8, out=str(tmp_path / "refused")))
-        assert refused.returncode != 0 and "batch 8 must divide samples_per_epoch 8, with 2 process(es) 4 for each; try 4" in refused.stderr
+        assert refused.returncode != 0 and "batch 8 must divide samples_per_epoch 8 / 2 processes; try 4" in refused.stderr
         assert not (tmp_path / "refused").exists()
 
 

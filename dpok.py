@@ -15,10 +15,10 @@ What differs from the paper or from the released code, and why:
 - Eq. 25 is printed as the gradient; with one ratio a step it is that only at theta_old. Eq. 26 prints its bounds the other way round.
 - An update sees rows of its own round. The released code keeps 1,000, two rounds, half of which have a ratio off 1 from the start.
 - Rows an update: 32, the paper's, not the code's 48. Weight decay: 0.01, AdamW's default, which the paper says it uses; the code has 0.
-- Steps, guidance, eta and rank are not in the paper but in the code. V is fitted after the policy, on all rows once, so that it has not seen
-  the rewards it is subtracted from (the code: before, on 1,280 random rows), but before the first round's first update too: with an
-  untrained V that gradient is large and blind, and AdamW's second moment keeps later steps short for it. V's text input is the pooled
-  embedding without a projection.
+- Steps, guidance, eta and rank are not in the paper but in the code. V is fitted after the policy, on all rows at once, so that it has not seen
+  the rewards it is subtracted from (the code: before, on 1,280 random rows). It then lags behind a policy that learns fast, and advantages
+  of one sign make a gradient that is mostly noise: r - V is therefore centred over the round. V's text input is the pooled embedding
+  without a projection.
 - sft, for which no code was released: t is uniform on the sampler's steps but the last, sigma the sampler's, f the guided prediction; as many
   updates as rl (the paper: 8,000, not 10,000). (12) holds only with twice gamma in its second term; (13) drops the factor that turns the
   error of x_0 into that of the step's mean.
@@ -40,6 +40,7 @@ import textwrap
 import time
 import warnings
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
@@ -72,7 +73,7 @@ class Config:
     reward: str = setting("imagereward", "imagereward, aesthetic, llava, jpeg, incompressibility or path/to/file.py:function; paper: ImageReward")
     reward_options: dict = setting(dict, "passed on to the reward")
     prompts: str = setting("color", "color, count, composition, location, roses (the paper's), shapes (four for the small model), a text file, or a prompt of several words")
-    unseen: str = setting("", "prompts that are evaluated but never trained on, given like --prompts; default: the partners of known prompts (Fig. 10)")
+    unseen: str = setting("", "prompts evaluated but never trained on, given like --prompts; default: the partners of known prompts (Fig. 10)")
     algo: str = setting("rl", "Algorithm 1 (rl) or 2 (sft)", choices=("rl", "sft"))
     samples_per_epoch: int = setting(10, "images a round, m; paper: 10", "sampling")
     steps: int = setting(50, "denoising steps; code: 50")
@@ -100,7 +101,7 @@ class Config:
     device: str = setting("", "cuda, cuda:1, mps or cpu; default: cuda where there is one, otherwise cpu", "machine")
     precision: str = setting("", "of the frozen weights; default: bf16 on a GPU that has it; code: fp16", choices=("", "fp32", "bf16"))
     gradient_checkpointing: bool = setting(False, "compute activations twice to save memory")
-    compile: bool = setting(False, "torch.compile the UNet: slow to start, then faster; on a GPU, as torch 2.13 compiles some UNets wrongly for a CPU")
+    compile: bool = setting(False, "torch.compile the UNet: slow to start, then faster; for GPUs, as torch 2.13 compiles some UNets wrongly on a CPU")
     seed: int = setting(0, "of everything random", zero=True)
     out: str = setting("", "the run's folder; default: runs/dpok-<reward>-<time>", "output")
     sample_every: int = setting(10, "epochs between pictures of fixed prompts and seeds")
@@ -383,21 +384,24 @@ def processes():
 
 
 def join_processes(device):
-    """Wait for the other processes, if there are any -> the device of this one."""
+    """Join the other processes, if there are any -> the device of this one."""
     if processes()[1] > 1:
         if device.startswith("cuda"):
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            device, here = f"cuda:{os.environ['LOCAL_RANK']}", torch.cuda.device_count()
+            if int(os.environ["LOCAL_RANK"]) >= here:
+                raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes need as many GPUs, here are {here}; lower --nproc-per-node")
             torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if not dist.is_initialized():  # long enough for process 0 to draw and save alone
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
     return device
 
 
 def gather(share):
     """The list or tensor (N / W, ...) of this process -> that of all, in the order of the samples."""
     shares = [share] * processes()[1]
-    if len(shares) > 1:
-        dist.all_gather_object(shares, share)
+    if len(shares) == 1:
+        return share
+    dist.all_gather_object(shares, share)
     return torch.stack(shares, 1).flatten(0, 1) if torch.is_tensor(share) else [item for items in zip(*shares) for item in items]
 
 
@@ -456,8 +460,11 @@ def check(config):
     rules = config.rules() + [
         (config.eta <= 1, f"eta {config.eta} must be at most 1, where DDIM is the ancestral sampler; use 1"),
         (config.steps <= 500, f"steps {config.steps} must be at most 500, half of those the model was trained with; the papers take 50"),
+        (N % W == 0, f"{W} processes must divide samples_per_epoch {N}; start {math.gcd(N, W)}"),
         (N % (config.batch * W) == 0, f"batch {config.batch} must divide samples_per_epoch {N}" + f" / {W} processes" * (W > 1)
          + f"; try {math.gcd(N // W, config.batch)}"),
+        (not config.lora or Path(config.lora, "pytorch_lora_weights.safetensors").is_file(),
+         f"lora {config.lora!r} holds no pytorch_lora_weights.safetensors; give a folder that a run wrote, such as runs/.../lora"),
         (not config.reward_options.keys() & {"name", "device"}, "reward_options must not hold name or device; use --reward and --device"),
         (above.is_dir() and os.access(above, os.W_OK | os.X_OK), f"out {config.out!r} cannot be made in {str(above)!r}; name another folder"),
         (config.resume or not config.out or above != out or not any(out.iterdir()), f"out {config.out!r} is not an empty folder; name a new one"),
@@ -479,9 +486,9 @@ def load_pipeline(config):
     transformers.logging.set_verbosity_error()
     source = str(rewards.find(config.model) or config.model)
     try:
-        kind = diffusers.StableDiffusionPipeline.load_config(source)["_class_name"]
-        if kind != "StableDiffusionPipeline":
-            raise ValueError(f"it is a {kind}")
+        found = diffusers.StableDiffusionPipeline.load_config(source)["_class_name"]
+        if found != "StableDiffusionPipeline":
+            raise ValueError(f"it is a {found}")
         parts = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, "text_encoder": transformers.CLIPTextModel}
         for name, kind in parts.items():
             parts[name], info = kind.from_pretrained(source, subfolder=name, use_safetensors=True, output_loading_info=True)
@@ -545,7 +552,8 @@ def start_run(config, unet, parts):
     """Make the run's folder with the config.json that repeats the run, or go back to the checkpoint of one that is resumed -> the folder,
     TensorBoard's writer or None, and the number of epochs that are done."""
     folder = run_folder(config)
-    done = load_checkpoint(folder, unet, parts, config) if config.resume and (folder / "checkpoint.pt").exists() else 0
+    begun = config.resume and any((folder / name).exists() for name in ("checkpoint.pt", "log.csv"))
+    done = load_checkpoint(folder, unet, parts, config) if begun else 0
     if processes()[0] > 0:  # only process 0 writes
         return folder, None, done
     try:
@@ -563,8 +571,6 @@ def start_run(config, unet, parts):
 def save_checkpoint(folder, epoch, stopped, unet, parts):
     """lora/, and checkpoint.pt: the epoch, whether it stopped the run early, the LoRA weights, and the state of `parts`, whatever else learns or
     counts, in plain types. It is the last of an epoch's files to be written: what it tells of is there."""
-    if processes()[0] > 0:
-        return
     save_lora(unet, folder / "lora")
     lora, file = {name: parameter.detach().cpu() for name, parameter in lora_weights(unet).items()}, io.BytesIO()
     torch.save({"script": Path(__file__).stem, "epoch": epoch, "stopped": stopped, "lora": lora,
@@ -580,7 +586,8 @@ def load_checkpoint(folder, unet, parts, config):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         epoch = saved["epoch"]
         lines = log.read_bytes().splitlines(keepends=True)[:epoch + 1] if epoch else []
-        if saved["script"] != Path(__file__).stem or saved["lora"].keys() != lora.keys() or epoch and len(lines) != epoch + 1:
+        shapes = [{name: tensor.shape for name, tensor in weights.items()} for weights in (saved["lora"], lora)]
+        if saved["script"] != Path(__file__).stem or shapes[0] != shapes[1] or epoch and len(lines) != epoch + 1:
             raise ValueError("it does not belong to this script, model and log.csv")
         for name, parameter in lora.items():
             parameter.data.copy_(saved["lora"][name])
@@ -592,9 +599,9 @@ def load_checkpoint(folder, unet, parts, config):
     if epoch > config.epochs:
         raise ValueError(f"epochs {config.epochs} is below the {epoch} that {str(folder)!r} has done; give at least as many")
     if processes()[0] == 0:
-        replace(log, b"".join(lines)) if epoch else log.unlink(missing_ok=True)
+        replace(log, b"".join(lines))
         for picture in Path(folder, "samples").glob("epoch_*.png"):
-            if int(picture.stem.removeprefix("epoch_")) > epoch:
+            if picture.name > f"epoch_{epoch:04d}.png":
                 picture.unlink()
         save_lora(unet, folder / "lora")
     return config.epochs if saved["stopped"] else epoch
@@ -613,8 +620,8 @@ def watch(row, config):
     """Whether the KL has passed its bound. Raises ValueError when an epoch's numbers are none; warns, once, when rounding alone moves the ratio
     by a tenth of the clip."""
     if not math.isfinite(row["kl"] + row["grad_norm"]):
-        raise ValueError(f"epoch {row['epoch']} ended with kl {row['kl']} and grad_norm {row['grad_norm']}, and is not saved; lower lr "
-                         f"{config.lr:g}, or take --precision fp32")
+        raise ValueError(f"epoch {row['epoch']} ended with kl {row['kl']} and grad_norm {row['grad_norm']}, and is not saved; start "
+                         f"anew from what is, with --lora, and an lr below {config.lr:g} or --precision fp32")
     if row.get("ratio_deviation", 0) > config.clip_range / 10:
         warnings.warn(f"before an epoch's first update a ratio was off 1 by more than a tenth of clip_range {config.clip_range:g}, by rounding "
                       "alone; take --precision fp32")  # Python shows one text once
@@ -626,12 +633,9 @@ def watch(row, config):
 
 def log_epoch(folder, row, writer):
     """One line on the screen, one row of log.csv, and TensorBoard's points where it is installed."""
-    if processes()[0] > 0:
-        return
-    new = not (folder / "log.csv").exists()
     with open(folder / "log.csv", "a", newline="", encoding="utf-8") as file:
         log = csv.DictWriter(file, row)
-        if new:
+        if file.tell() == 0:
             log.writeheader()
         log.writerow(row)
     if writer:
@@ -653,12 +657,11 @@ def peak_memory(device):
 
 def show_samples(pipe, prompts, config, reward_fn, folder, epoch):
     """samples/epoch_....png: sixteen images of fixed prompts and seeds, each with its reward; these queries teach nothing."""
-    if processes()[0] > 0:
-        return
     prompts = [prompts[i % len(prompts)] for i in range(16)]
     rollout = sample(pipe, prompts, config, generators(config.seed, 0, range(16)))
     reward = reward_fn(rollout.images, prompts)
-    title = f"{'epoch ' + str(epoch) if epoch else 'pre-trained'}   reward queries {epoch * config.samples_per_epoch}   mean reward {reward.mean():.3f}"
+    title = f"{'epoch ' + str(epoch) if epoch or config.lora else 'pre-trained'}   reward queries {epoch * config.samples_per_epoch}   "
+    title += f"mean reward {reward.mean():.3f}"
     draw_samples(folder / "samples" / f"epoch_{epoch:04d}.png", title, rollout.images, [f"{r:.3f} {p}" for r, p in zip(reward, prompts)])
 
 
@@ -700,9 +703,11 @@ def draw(pipe, prompts, config, epoch):
     return texts, sample(pipe, texts[p::W], config, generators(config.seed, epoch, range(p, N, W))), rng
 
 
-def gather_rollout(share):
-    """The trajectories of all processes, without the images."""
-    return Rollout(gather(share.prompts), gather(share.cond), share.timesteps, gather(share.latents), gather(share.log_probs), [])
+def minibatches(count, config, rng):
+    """The n random rows, of `count`, of each of a round's updates; none comes again before all have had their turn -> tensors (n,)."""
+    needed = config.updates_per_epoch * config.update_batch
+    rows = torch.cat([torch.randperm(count, generator=rng) for _ in range(0, needed, count)])
+    return rows[:needed].split(config.update_batch)
 
 
 def value_inputs(pipe, rollout):
@@ -734,7 +739,7 @@ def fit_value(value, optimizer, inputs, returns, steps):
     return first
 
 
-def policy_loss_at(pipe, rollout, advantage, rows, uncond, config):
+def policy_loss_at(pipe, rollout, advantage, uncond, config, rows):
     """Objective (8), by the gradient (9), at rows (B,) of a rollout: alpha times Eq. 26, and beta times the KL of the step -> loss, info."""
     x_prev, mean, sigma = policy(pipe, rollout, rows, uncond, config)
     loss, info = policy_loss(log_prob(x_prev, mean, sigma).cpu(), rollout.log_probs.flatten()[rows], advantage[rows], config.clip_range)
@@ -759,7 +764,7 @@ def supervised_data(pipe, prompts, reward_fn, config):
     return gather(torch.cat(x0)), encode(pipe, prompts), torch.tensor(which), gather(torch.cat(scores)), rollout
 
 
-def supervised_loss_at(pipe, data, rng, rows, uncond, config):
+def supervised_loss_at(pipe, data, rng, uncond, config, rows):
     """KL-O or KL-D at rows (B,) of the data, row = i (K - 1) + k for image i and any step k but the last -> loss, info."""
     x0, cond, which, reward, rollout = data
     i, k = rows // (config.steps - 1), rows % (config.steps - 1)
@@ -805,6 +810,21 @@ def report(before, after, prompts, folder):
     draw_samples(folder / "comparison.png", "above: pre-trained, below: tuned, the same seeds", *zip(*shown[0], *shown[1]), columns=len(shown[0]))
 
 
+def descend(loss_at, rows, update, parameters, optimizer, config):
+    """One step of AdamW on the mean of loss_at(rows) -> loss, info over the rows of all processes, config.batch at a time
+    -> (update, rows, info) of each UNet call, and the norm of the gradient before it was cut."""
+    infos = []
+    for chunk in tqdm(rows.split(config.batch), f"update {update + 1}", leave=False):
+        loss, info = loss_at(chunk)
+        (loss * len(chunk) / (len(rows) * processes()[1])).backward()
+        infos.append((update, len(chunk), info))
+    sum_gradients(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return infos, norm
+
+
 def setup(config):
     """Check everything, then load everything; nothing is written yet -> config for this machine, pipe, prompts, reward, LoRA parameters."""
     config = dataclasses.replace(config, **{f: str(v) for f, v in vars(config).items() if isinstance(v, Path)})  # a Path is welcome
@@ -819,16 +839,19 @@ def setup(config):
         print(f"warning: the text encoder reads {pipe.tokenizer.model_max_length} tokens and does not see the end of "
               f"{prompts[lengths.index(max(lengths))]!r} ({max(lengths)} tokens)", file=sys.stderr)
     parameters = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))
-    if config.lora and not config.resume:
+    if config.lora and not (run_folder(config) / "checkpoint.pt").exists():
         load_lora(pipe.unet, config.lora)
     try:
         sample(pipe, prompts[:1], dataclasses.replace(config, steps=1), generators(config.seed, 0, [0]))  # try it once
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # parts that do not fit together
         raise ValueError(f"model {config.model!r} draws no image from a text ({first_line(error)}); give a Stable Diffusion 1.x or 2.x") from error
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     if config.compile:
         pipe.unet.compile()
+    gather([])  # from here on every process has checked and loaded
     return config, pipe, prompts, reward_fn, parameters
 
 
@@ -836,6 +859,8 @@ def end_epoch(row, pipe, prompts, config, reward_fn, folder, writer, parts):
     """Log the epoch; every so often, and at the last, draw the samples and save -> whether to stop early."""
     epoch, stop = row["epoch"], watch(row, config)
     last = stop or epoch == config.epochs
+    if processes()[0] > 0:  # only process 0 writes
+        return stop
     log_epoch(folder, row, writer)
     if last or epoch % config.sample_every == 0:
         show_samples(pipe, prompts, config, reward_fn, folder, epoch)
@@ -854,10 +879,10 @@ def train(config):
     N, K, uncond, (p, W) = config.samples_per_epoch, config.steps, encode(pipe, [""]), processes()
     with pretrained(pipe.unet):
         before = evaluate(pipe, prompts, config, reward_fn) if p == 0 else {}
-    if done == 0:
+    if done == 0 and p == 0:
         show_samples(pipe, prompts, config, reward_fn, folder, 0)
         save_checkpoint(folder, 0, False, pipe.unet, parts)
-    if config.algo == "sft":                                                                   # Algorithm 2: M images of p_pre, once
+    if config.algo == "sft" and done < config.epochs:                                          # Algorithm 2: M images of p_pre, once
         data = supervised_data(pipe, prompts, reward_fn, config)
         *_, reward, rollout = data
 
@@ -866,27 +891,22 @@ def train(config):
         if config.algo == "rl":                                                                # Algorithm 1: m trajectories of p_theta
             texts, rollout, rng = draw(pipe, prompts, config, epoch)
             reward = gather(reward_fn(rollout.images, rollout.prompts))                        # r(x_0, z), (N,)
-            whole = gather_rollout(rollout)
+            whole = dataclasses.replace(rollout, prompts=texts, cond=gather(rollout.cond), latents=gather(rollout.latents),
+                                        log_probs=gather(rollout.log_probs))
             returns, states = reward.repeat_interleave(K), value_inputs(pipe, whole)           # (N K,)
-            if value and epoch == 1:                                                           # untrained, V is no baseline yet
-                fit_value(value, value_optimizer, states, returns, config.value_steps)
-            advantage = returns - value(*states).detach() if value else returns                # r - V(x_t, z, k) (A.5)
+            advantage = returns
+            if value:                                                                          # r - V(x_t, z, k) (A.5), centred
+                advantage = returns - value(*states).detach()
+                advantage = advantage - advantage.mean()
             if config.advantage_clip:
                 advantage = advantage.clamp(-config.advantage_clip, config.advantage_clip)
-            count, loss_at = N * K, functools.partial(policy_loss_at, pipe, whole, advantage)
+            count, loss_at = N * K, functools.partial(policy_loss_at, pipe, whole, advantage, uncond, config)
         else:
             rng = generators(config.seed, config.epochs + epoch, [0])[0]
-            count, loss_at = len(reward) * (K - 1), functools.partial(supervised_loss_at, pipe, data, rng)
-        for update in range(config.updates_per_epoch):
-            rows = torch.randint(count, (config.update_batch,), generator=rng)[p::W]           # n rows, any sample at any step
-            for chunk in tqdm(rows.split(config.batch), f"update {update + 1}", leave=False):
-                loss, info = loss_at(chunk, uncond, config)
-                (loss * len(chunk) / (len(rows) * W)).backward()
-                infos.append((update, len(chunk), info))
-            sum_gradients(parameters)
-            norms.append(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item())
-            optimizer.step()
-            optimizer.zero_grad()
+            count, loss_at = len(reward) * (K - 1), functools.partial(supervised_loss_at, pipe, data, rng, uncond, config)
+        for update, rows in enumerate(minibatches(count, config, rng)):                        # n rows, any sample at any step
+            info, norm = descend(loss_at, rows[p::W], update, parameters, optimizer, config)
+            infos, norms = infos + info, norms + [norm]
         if value:
             fit["value_error"] = fit_value(value, value_optimizer, states, returns, config.value_steps)
         row = {"epoch": epoch, "reward_queries": len(reward) if config.algo == "sft" else epoch * N, "reward_mean": reward.mean().item(),
@@ -959,8 +979,10 @@ def main(argv=None):
     except SystemExit as stop:  # argparse has printed its help or its error
         return stop.code
     except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        again = f"; to go on: python dpok.py --resume {config.out}" if config and Path(config.out, "checkpoint.pt").exists() else ""
-        print(f"dpok.py: error: {' '.join(str(error).split()) or 'interrupted'}{again}", file=sys.stderr)
+        remedy = "; lower --batch or add --gradient_checkpointing" if isinstance(error, torch.OutOfMemoryError) else ""
+        if not isinstance(error, ValueError) and config and Path(config.out, "checkpoint.pt").exists():
+            remedy += f"; to go on: python dpok.py --resume {config.out}"
+        print(f"dpok.py: error: {' '.join(str(error).split()) or 'interrupted'}{remedy}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -6,7 +6,6 @@
 The chain of `Chain` is the smallest policy of the kind that DDPO trains: one number, three Gaussian steps, everything known in closed form.
 """
 import ast
-import copy
 import csv
 import dataclasses
 import io
@@ -22,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -635,9 +635,9 @@ def test_a_run_of_dpok_leaves_its_folder_and_its_evaluation(algo, kl_d, config, 
 
 
 def test_two_rounds_of_dpok_are_algorithm_1_done_one_row_at_a_time(config):
-    """Eight samples, three steps, two updates a round of twelve random rows: alpha times the clipped ratio times r - V, beta times the step's
-    KL, V fitted before the first round's updates and after each round's. The clip is wide and
-    the norm uncut, so that every factor shows; plain weights, so does their decay."""
+    """Eight samples, three steps, two updates a round of twelve random rows: alpha times the clipped ratio times r - V, centred, beta times the
+    step's KL, V fitted after each round's updates. The clip is wide and the norm uncut, so that every factor shows; plain weights, so does their
+    decay."""
     c = dpok_config(config, epochs=2, alpha=3.0, beta=0.5, clip_range=0.05, max_grad_norm=1e9, weight_decay=0.5, lr=3e-3, value_lr=1e-2, sample_every=9)
     trained, pipe = dpok.train(c), dpok.load_pipeline(c)
     parameters = dpok.add_lora(pipe.unet, c.rank, torch.Generator().manual_seed(c.seed))
@@ -646,12 +646,10 @@ def test_two_rounds_of_dpok_are_algorithm_1_done_one_row_at_a_time(config):
     for epoch in (1, 2):
         texts, rollout, rng = dpok.draw(pipe, ["Four wolves in the park"], c, epoch)
         reward, states = rewards.load("jpeg")(rollout.images, texts), dpok.value_inputs(pipe, rollout)
-        if epoch == 1:
-            (value(*states) - reward.repeat_interleave(3)).square().mean().backward()
-            value_optimizer.step()
-        before = copy.deepcopy(value)
-        for _ in range(2):
-            for row in torch.randint(24, (12,), generator=rng):
+        with torch.no_grad():
+            advantages = reward.repeat_interleave(3) - value(*states)
+        for rows in torch.randperm(24, generator=rng).split(12):
+            for row in rows:
                 i, k = row // 3, row % 3
                 t, x_t, x_prev, cond = rollout.timesteps[k][None], rollout.latents[i, k][None], rollout.latents[i, k + 1][None], rollout.cond[i][None]
                 step = lambda: dpok.step_distribution(  # noqa: E731
@@ -660,15 +658,15 @@ def test_two_rounds_of_dpok_are_algorithm_1_done_one_row_at_a_time(config):
                 with torch.no_grad(), dpok.pretrained(pipe.unet):
                     mean_ref, _ = step()
                 ratio = (Normal(mean, sigma).log_prob(x_prev).mean() - rollout.log_probs[i, k]).exp()
-                advantage = reward[i] - before(x_t, states[1][row][None], k[None]).detach()[0]
+                advantage = advantages[row] - advantages.mean()
                 kl = kl_divergence(Normal(mean, sigma), Normal(mean_ref, sigma)).mean()
                 ((c.beta * kl - c.alpha * advantage * ratio.clamp(1 - c.clip_range, 1 + c.clip_range)) / 12).backward()
             norms.append(nn.utils.clip_grad_norm_(parameters, 1e9).item())
             optimizer.step()
             optimizer.zero_grad()
-        value_optimizer.zero_grad()
         (value(*states) - reward.repeat_interleave(3)).square().mean().backward()
         value_optimizer.step()
+        value_optimizer.zero_grad()
     log, saved = read_log(trained), load_file(trained / "lora" / "pytorch_lora_weights.safetensors")
     assert [float(row["grad_norm"]) for row in log] == pytest.approx([np.mean(norms[:2]), np.mean(norms[2:])], rel=1e-3)
     for name, parameter in dpok.lora_weights(pipe.unet).items():
@@ -685,7 +683,7 @@ def test_algorithm_2_is_a_weighted_regression_to_noised_data_at_any_step_but_the
     x0, cond, which, reward, rollout = data
     uncond = dpok.encode(pipe, [""])
     for i in (0, 2, 7):
-        loss, _ = dpok.supervised_loss_at(pipe, data, torch.Generator().manual_seed(i), torch.tensor([2 * i, 2 * i + 1]), uncond, c)
+        loss, _ = dpok.supervised_loss_at(pipe, data, torch.Generator().manual_seed(i), uncond, c, torch.tensor([2 * i, 2 * i + 1]))
         losses = []
         for k, eps in enumerate(torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(i))):
             t = rollout.timesteps[k][None]
@@ -708,7 +706,7 @@ def test_algorithm_2_is_a_weighted_regression_to_noised_data_at_any_step_but_the
 
 def test_settings_of_one_algorithm_yield_to_those_named_in_a_file_or_flag():
     """sft has a learning rate of its own, unless dpok.json or the command line names one; sf makes one update."""
-    assert dpok.parse(["--algo", "sft", "--model", "x"]).lr == 2e-5 and dpok.parse(["--algo", "sft", "--device", "cpu"]).lr == 2e-3
+    assert dpok.parse(["--algo", "sft", "--model", "x"]).lr == 2e-5 and dpok.parse(["--algo", "sft", "--device", "cpu"]).lr == 3e-3
     assert dpok.parse(["--algo", "sft", "--lr", "1e-4", "--device", "cpu"]).lr == 1e-4
     assert ddpo.parse(["--algo", "sf", "--device", "cpu"]).updates_per_epoch == 1 and ddpo.parse(["--device", "cpu"]).updates_per_epoch == 4
 
@@ -1060,8 +1058,9 @@ REFUSED = [  # flags, what the last line of stderr names; a word in capitals is 
     ("--config UNKNOWN", "learning_rate"), ("--config WRONG", "lr 'fast'"), ("--config LIST", "list.json"), ("--config EMPTY", "empty.txt"),
     ("--config FULL", "full"), ("--model nowhere/at-all", "'nowhere/at-all'"), ("--model FULL", "full"), ("--model DDPM", "DDPMPipeline"),
     ("--model CLIPS", "thresholding"), ("--model CUT", "cut"), ("--model GONE", "gone"), ("--model NAMELESS", "lacks"),
-    ("--model WORDLESS", "no vocabulary"), ("--model MISFIT", "draws no image"), ("--lora nowhere", "nowhere/pytorch_lora_weights.safetensors"),
+    ("--model WORDLESS", "no vocabulary"), ("--model MISFIT", "draws no image"), ("--lora nowhere", "'nowhere'"),
     ("--lora CUT/unet", "pytorch_lora_weights"), ("--resume nowhere", "'nowhere'"), ("--resume FULL", "full"),
+    ("--out /proc/none", "/proc/none"),
 ]
 REFUSED = [(ddpo, *row) for row in REFUSED] + [(dpok, *row) for row in REFUSED] + [
     (ddpo, "--algo sf --updates_per_epoch 2", "updates_per_epoch 2"), (ddpo, "--updates_per_epoch 3", "updates_per_epoch 3"),
@@ -1107,7 +1106,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(script, lin
     line = [str(folder / re.sub(r"^[A-Z]+", lambda m: places[m[0]], part)) if re.match(r"[A-Z]", part) else part for part in line.split(" ")]
     assert script.main(base + line) == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert error[-1].startswith(f"{script.__name__}.py: error: ") and word in error[-1] and "Traceback" not in "".join(error)
+    assert error[-1].startswith(f"{script.__name__}.py: error: ") and word in error[-1] and "; " in error[-1] and "Traceback" not in "".join(error)
     assert not list(tmp_path.iterdir())
 
 
@@ -1140,6 +1139,15 @@ def test_a_reward_that_fails_in_mid_run_stops_it_and_what_was_saved_stays(config
     assert len(read_log(run)) == 1 and (run / "lora" / "pytorch_lora_weights.safetensors").exists() and (run / "samples" / "epoch_0001.png").exists()
 
 
+def test_a_unet_that_gives_no_numbers_stops_the_run(config, monkeypatch, capsys):
+    def broken(config, load=ddpo.load_pipeline):
+        pipe = load(config)
+        pipe.unet.conv_out.weight.fill_(math.nan)
+        return pipe
+    monkeypatch.setattr(ddpo, "load_pipeline", broken)
+    assert ddpo.main(flags(config)) == 2 and "kl nan" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_weights_that_are_no_numbers_stop_the_run_and_are_not_saved(config, monkeypatch):
     """NaN images are blank, and so small: without this check the reward would rise. The last update of epoch 2 spoils the weights."""
     step, calls = torch.optim.AdamW.step, []
@@ -1161,8 +1169,10 @@ def test_rounding_that_moves_the_ratio_by_a_tenth_of_the_clip_is_warned_of(confi
     """As bf16 would on a GPU: here the stored latents lose their last digits."""
     monkeypatch.setattr(ddpo, "sample", lambda *a, sample=ddpo.sample: dataclasses.replace(
         r := sample(*a), latents=r.latents.bfloat16().float()))
-    with pytest.warns(UserWarning, match="clip_range 0.0001.*take --precision fp32"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
         ddpo.train(config)
+    assert len([w for w in caught if re.search("clip_range 0.0001.*take --precision fp32", str(w.message))]) == 1  # in two epochs
     assert float(read_log(config.out)[0]["ratio_deviation"]) > 1e-4
 
 
@@ -1202,16 +1212,17 @@ def contents(run):
     return files
 
 
-def survivors(config, script, tmp_path):
+def survivors(config, script, tmp_path, algo):
     """A run of three epochs that saves every second, its command line for another folder, and what it leaves when nothing happens to it."""
-    c = dataclasses.replace(config, epochs=3, save_every=2) if script is ddpo else dpok_config(config, epochs=3, save_every=2)
+    c = (config if script is ddpo else dpok_config(config))
+    c = dataclasses.replace(c, epochs=3, save_every=2, algo=algo)
     assert script.main(flags(c)) == 0
     return lambda name: flags(dataclasses.replace(c, out=str(tmp_path / name))), contents(Path(c.out))
 
 
-@pytest.mark.parametrize("script", [ddpo, dpok])
-def test_a_run_that_fails_at_any_rename_goes_on_as_if_it_had_not(script, config, tmp_path, monkeypatch, capsys):
-    command, whole = survivors(config, script, tmp_path)
+@pytest.mark.parametrize("script, algo", [(ddpo, "is"), (dpok, "rl"), (dpok, "sft")])
+def test_a_run_that_fails_at_any_rename_goes_on_as_if_it_had_not(script, algo, config, tmp_path, monkeypatch, capsys):
+    command, whole = survivors(config, script, tmp_path, algo)
     rename = os.replace
     for fatal in range(1, 99):
         def fail(source, target, count=iter(range(fatal)), fatal=fatal):
@@ -1231,32 +1242,43 @@ def test_a_run_that_fails_at_any_rename_goes_on_as_if_it_had_not(script, config,
     assert fatal == 8  # config.json, then lora/ and checkpoint.pt at epochs 0, 2 and 3
 
 
-@pytest.mark.parametrize("script", [ddpo, dpok])
-def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_had_not(script, config, tmp_path):
-    command, whole = survivors(config, script, tmp_path)
-    run, arguments, kills, wait = tmp_path / "killed", command("killed"), 0, 0.8
-    while True:
-        child = os.fork()
-        if child == 0:
-            os._exit(script.main(arguments))
-        time.sleep(wait)
-        os.kill(child, signal.SIGKILL)
-        if not os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-            break
-        kills += 1
+def child(function):
+    """Run a function in a process of its own, a fork of this one, whose exit status it gives -> the process's number."""
+    number = os.fork()
+    if number == 0:
+        status = 99
+        try:
+            status = function()
+        finally:
+            os._exit(status)
+    return number
+
+
+@pytest.mark.parametrize("script, algo", [(ddpo, "is"), (dpok, "rl")])
+def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_had_not(script, algo, config, tmp_path):
+    command, whole = survivors(config, script, tmp_path, algo)
+    run, arguments, kills, status = tmp_path / "killed", command("killed"), 0, -signal.SIGKILL
+    while status == -signal.SIGKILL:
+        number = child(lambda: script.main(arguments))
+        time.sleep(0.8 + 0.37 * kills)
+        os.kill(number, signal.SIGKILL)
+        status, kills = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]), kills + 1
         if (run / "config.json").exists():
-            arguments, wait = ["--resume", str(run)], wait + 0.37
+            arguments = ["--resume", str(run)]
         else:
             shutil.rmtree(run, ignore_errors=True)
-    assert kills > 1 and contents(run) == whole
+    assert status == 0 and kills > 2 and contents(run) == whole
 
 
-def test_ctrl_c_ends_with_the_command_that_goes_on(config, tmp_path, capsys):
-    (tmp_path / "own.py").write_text("calls = []\ndef stop(images, prompts):\n    calls.append(1)\n    if len(calls) == 6:\n"
+@pytest.mark.parametrize("script", [ddpo, dpok])
+def test_ctrl_c_ends_with_the_command_that_goes_on(script, config, tmp_path, capsys):
+    (tmp_path / "own.py").write_text(f"import pathlib\nonce, calls = pathlib.Path({str(tmp_path)!r}, 'once'), []\ndef stop(images, prompts):\n"
+                                     "    calls.append(1)\n    if len(calls) == 6 and not once.exists():\n        once.touch()\n"
                                      "        raise KeyboardInterrupt\n    return [float(len(p)) for p in prompts]\n")
-    assert ddpo.main(flags(config, epochs=3, save_every=1, reward=f"{tmp_path}/own.py:stop")) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == f"ddpo.py: error: interrupted; to go on: python ddpo.py --resume {config.out}"
-    assert ddpo.main(["--resume", config.out]) == 0 and [row["epoch"] for row in read_log(config.out)] == ["1", "2", "3"]
+    c, name = config if script is ddpo else dpok_config(config), f"{script.__name__}.py"
+    assert script.main(flags(c, epochs=3, save_every=1, reward=f"{tmp_path}/own.py:stop")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"{name}: error: interrupted; to go on: python {name} --resume {config.out}"
+    assert script.main(["--resume", config.out]) == 0 and [row["epoch"] for row in read_log(config.out)] == ["1", "2", "3"]
 
 
 def test_a_finished_run_can_be_made_longer_and_one_that_stopped_early_stays_stopped(config, tmp_path):
@@ -1268,7 +1290,7 @@ def test_a_finished_run_can_be_made_longer_and_one_that_stopped_early_stays_stop
 
 
 @pytest.mark.parametrize("damage, word", [("cut", "checkpoint.pt"), ("pickle", "checkpoint.pt"), ("dpok", "does not belong"), ("rank", "does not belong"),
-                                          ("log", "does not belong"), ("--lr", "leave out --lr"), ("config", "config.json")])
+                                          ("log", "does not belong"), ("gone", "checkpoint.pt"), ("--lr", "leave out --lr"), ("config", "config.json")])
 def test_what_cannot_be_resumed_is_one_clear_line_and_stays_as_it_is(damage, word, config, capsys):
     ddpo.train(config)
     run = Path(config.out)
@@ -1278,12 +1300,15 @@ def test_what_cannot_be_resumed_is_one_clear_line_and_stays_as_it_is(damage, wor
     elif damage == "pickle":
         file.write_bytes(pickle.dumps({"epoch": Path}))
     elif damage in ("dpok", "rank"):
-        torch.save(state | ({"script": "dpok"} if damage == "dpok" else {"lora": {}}), file)
+        torch.save(state | ({"script": "dpok"} if damage == "dpok" else {"lora": {name: a[:1, :1] for name, a in state["lora"].items()}}), file)
+    elif damage == "gone":
+        file.unlink()
     elif damage in ("log", "config"):
         (run / {"log": "log.csv", "config": "config.json"}[damage]).write_text("{")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert ddpo.main(["--resume", config.out, *(["--lr", "1"] if damage == "--lr" else [])]) == 2
-    assert word in capsys.readouterr().err.splitlines()[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert word in last and "to go on" not in last
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -1292,12 +1317,14 @@ def test_a_folder_that_vanishes_or_is_full_stops_the_run_with_one_line(config, t
     (tmp_path / "own.py").write_text(f"import shutil\ncalls = []\ndef r(images, prompts):\n    calls.append(1)\n    if len(calls) == 4:\n"
                                      f"        shutil.rmtree({config.out!r})\n    return [float(len(p)) for p in prompts]\n")
     assert ddpo.main(flags(config, reward=f"{tmp_path}/own.py:r")) == 2 and "No such file" in capsys.readouterr().err.splitlines()[-1]
-    run, child = tmp_path / "full", os.fork()
-    if child == 0:
+    run = tmp_path / "full"
+
+    def limited():
         sys.stderr = open(tmp_path / "stderr.txt", "w", buffering=1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        os._exit(ddpo.main(flags(config, save_every=1, rank=8, out=str(run))))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+        return ddpo.main(flags(config, save_every=1, rank=8, out=str(run)))
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child(limited), 0)[1]) == 2
     last = (tmp_path / "stderr.txt").read_text().splitlines()[-1]
     assert "too large" in last and f"--resume {run}" in last and ddpo.main(["--resume", str(run)]) == 0
 
@@ -1306,9 +1333,20 @@ def test_a_folder_that_vanishes_or_is_full_stops_the_run_with_one_line(config, t
 def test_two_processes_are_one_with_the_same_samples(script, algo, config, tmp_path):
     """torchrun on the CPU (gloo): the same rewards and LoRA but for rounding, one folder, and resuming goes on. A smooth reward, float32."""
     (tmp_path / "own.py").write_text("import numpy as np\ndef bright(images, prompts):\n    return [float(np.asarray(i).mean()) for i in images]\n")
-    c = dataclasses.replace(config, reward=f"{tmp_path}/own.py:bright", algo=algo, updates_per_epoch=2, batch=2, clip_range=0.1)
+    c = dataclasses.replace(config, reward=f"{tmp_path}/own.py:bright", algo=algo, updates_per_epoch=2, batch=2, clip_range=0.1,
+                            lr=1e-3)  # AdamW makes of a rounded gradient near 0 a step of up to lr
     c = c if script is ddpo else dpok_config(c, reward=c.reward, algo=algo)
     arguments = flags(c, out=str(tmp_path / "two"))
+
+    def same(one, two):
+        """But for kl, which is estimated at other random steps; a pixel may round to the next of 256 values."""
+        one, two = (read_log(folder) + [load_file(Path(folder, "lora", "pytorch_lora_weights.safetensors"))] for folder in (one, two))
+        for of_one, of_two in zip(one[:-1], two[:-1], strict=True):
+            for name in of_one.keys() - {"seconds", "memory_gb", "kl", "ratio_deviation"}:
+                close = {"abs": 1e-6, "rel": 1e-3} if name == "grad_norm" else {"abs": 0.002, "rel": 1e-4}
+                assert float(of_two[name]) == pytest.approx(float(of_one[name]), **close), name
+        for name, tensor in two[-1].items():
+            torch.testing.assert_close(tensor, one[-1][name], rtol=0, atol=1e-5)
 
     def torchrun(*arguments):
         return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script.__file__, *arguments],
@@ -1318,14 +1356,11 @@ def test_two_processes_are_one_with_the_same_samples(script, algo, config, tmp_p
     done = torchrun(*arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("progress.png show") == 1
-    one, two = read_log(c.out), read_log(tmp_path / "two")
-    for name in one[0].keys() - {"seconds", "memory_gb", "kl", "ratio_deviation"}:  # 0.002: a pixel may round to the next of 256 values
-        assert [float(row[name]) for row in two] == pytest.approx([float(row[name]) for row in one], rel=1e-4, abs=0.002), name
-    of_one = load_file(Path(c.out, "lora", "pytorch_lora_weights.safetensors"))
-    for name, tensor in load_file(tmp_path / "two" / "lora" / "pytorch_lora_weights.safetensors").items():
-        torch.testing.assert_close(tensor, of_one[name], rtol=0, atol=1e-5)
+    same(c.out, tmp_path / "two")
+    if algo != "sft":  # which draws other data for another number of epochs
+        assert torchrun("--resume", str(tmp_path / "two"), "--epochs", "3").returncode == script.main(["--resume", c.out, "--epochs", "3"]) == 0
+        same(c.out, tmp_path / "two")
     if algo == "rl":
-        assert torchrun("--resume", str(tmp_path / "two"), "--epochs", "3").returncode == 0 and len(read_log(tmp_path / "two")) == 3
         refused = torchrun(*flags(c, batch=8, out=str(tmp_path / "refused")))
         assert refused.returncode != 0 and "batch 8 must divide samples_per_epoch 8 / 2 processes; try 4" in refused.stderr
         assert not (tmp_path / "refused").exists()
@@ -1340,6 +1375,11 @@ def test_a_run_starts_from_given_lora_and_its_kl_stays_to_the_model_without_any(
     for name, tensor in load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors").items():
         torch.testing.assert_close(trained[name], tensor, atol=1e-6, rtol=0)
     assert float(read_log(config.out)[0]["kl"]) > 1e-4
+    for name in ("checkpoint.pt", "log.csv", "lora/pytorch_lora_weights.safetensors"):                # as if killed before the first checkpoint
+        Path(config.out, name).unlink()
+    assert ddpo.main(["--resume", config.out]) == 0
+    again = load_file(Path(config.out, "lora", "pytorch_lora_weights.safetensors"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in trained.items())
 
 
 # ---------------------------------------------------------------- shapes/: its drawings, its reward, its model

@@ -120,7 +120,7 @@ class Config:
         W = processes()[1]
         return [(self.update_batch % W == 0, f"{W} processes must divide update_batch {self.update_batch}; start {math.gcd(self.update_batch, W)}"),
                 (self.evaluation_images > 1, f"evaluation_images {self.evaluation_images} must be above 1, for a standard error; the paper has 50"),
-                (self.algo == "rl" or self.steps > 1, f"steps {self.steps} must be above 1 with algo sft, which leaves the last step out; the code of rl has 50")]
+                (self.algo == "rl" or self.steps > 1, f"steps {self.steps} must be above 1 with algo sft, which leaves the last step out; take 2 or more")]
 
 
 # ---------------------------------------------------------------- LoRA: W x + B A x in the attention layers (arXiv:2106.09685)

@@ -579,8 +579,8 @@ def save_checkpoint(folder, epoch, stopped, unet, parts):
 
 
 def load_checkpoint(folder, unet, parts, config):
-    """Bring the weights, `parts`, log.csv, samples/ and lora/ back to the run's checkpoint -> the epochs that are done, all of them if it stopped
-    the run early. Raises ValueError for a checkpoint that is damaged, of something else, or of a later epoch than the last."""
+    """Bring the weights, `parts`, log.csv and lora/ back to the run's checkpoint -> the epochs that are done, all of them if it stopped the run
+    early; later pictures will be drawn anew. Raises ValueError for a checkpoint that is damaged, of something else, or of a later epoch than the last."""
     file, log, lora = folder / "checkpoint.pt", folder / "log.csv", lora_weights(unet)
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -600,9 +600,6 @@ def load_checkpoint(folder, unet, parts, config):
         raise ValueError(f"epochs {config.epochs} is below the {epoch} that {str(folder)!r} has done; give at least as many")
     if processes()[0] == 0:
         replace(log, b"".join(lines))
-        for picture in Path(folder, "samples").glob("epoch_*.png"):
-            if picture.name > f"epoch_{epoch:04d}.png":
-                picture.unlink()
         save_lora(unet, folder / "lora")
     return config.epochs if saved["stopped"] else epoch
 

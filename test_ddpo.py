@@ -706,7 +706,7 @@ def test_algorithm_2_is_a_weighted_regression_to_noised_data_at_any_step_but_the
 
 def test_settings_of_one_algorithm_yield_to_those_named_in_a_file_or_flag():
     """sft has a learning rate of its own, unless dpok.json or the command line names one; sf makes one update."""
-    assert dpok.parse(["--algo", "sft", "--model", "x"]).lr == 2e-5 and dpok.parse(["--algo", "sft", "--device", "cpu"]).lr == 3e-3
+    assert dpok.parse(["--algo", "sft", "--model", "x"]).lr == 2e-5 and dpok.parse(["--algo", "sft", "--device", "cpu"]).lr == 2e-3
     assert dpok.parse(["--algo", "sft", "--lr", "1e-4", "--device", "cpu"]).lr == 1e-4
     assert ddpo.parse(["--algo", "sf", "--device", "cpu"]).updates_per_epoch == 1 and ddpo.parse(["--device", "cpu"]).updates_per_epoch == 4
 

@@ -120,7 +120,7 @@ def tables(before, found):
     for name in ("RL", "KL-O", "KL-D", "jpeg"):
         runs = [scores for run, seeds in found.items() if run.startswith(name) for scores in seeds]
         of_runs = ([scores[what] for scores in runs] for what in ("queries", "updates", "minutes"))
-        yield f"| {name} | " + " | ".join(f"{min(values):.3g} to {max(values):.3g}" for values in of_runs) + " |"
+        yield f"| {name} | " + " | ".join(f"{min(values):.4g} to {max(values):.4g}" for values in of_runs) + " |"
 
     start, free, held = before["count"]["other"], *(over_seeds(f"jpeg beta {beta}", "other") for beta in BETAS)
     size, varied = over_seeds(f"jpeg beta {BETAS[1]}", "trained", "size"), [over_seeds(f"jpeg beta {beta}", "other", "diversity") for beta in BETAS]

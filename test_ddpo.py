@@ -1,6 +1,6 @@
 """Tests that teach: each name is a claim about the method, each would fail if the method were wrong.
 
-    python -m pytest -q                          on a tiny random UNet and on shapes/, without a network; 2 to 3 minutes
+    python -m pytest -q                          on a tiny random UNet and on shapes/, without a network; 4 to 6 minutes
     SLOW=1 python -m pytest -q -s -k shows       what the README says of learning: five seeds each, about three hours on one core
 
 The chain of `Chain` is the smallest policy of the kind that DDPO trains: one number, three Gaussian steps, everything known in closed form.

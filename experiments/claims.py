@@ -148,7 +148,7 @@ def picture(file, title, rows, prompts, count):
             images, texts = draw(pipe, config, [prompt], count)
             cells += images
             captions += [f"{verdict:.0f} {text}" for verdict, text in zip(shapes_reward.strict(images, texts), texts)]
-    dpok.draw_samples(RESULTS / file, title, cells, captions, columns=len(prompts) * count, size=160, text=12)
+    dpok.draw_samples(RESULTS / file, title, cells, captions, columns=len(prompts) * count, size=160, text=10)
 
 
 def main():

@@ -402,6 +402,7 @@ def gather(share):
 
 
 def sum_gradients(parameters):
+    """Add the gradients of all processes, each of which has its rows' share of the mean."""
     if processes()[1] > 1:
         for parameter in parameters:
             dist.all_reduce(parameter.grad)
@@ -585,7 +586,7 @@ def save_checkpoint(folder, epoch, stopped, unet, parts):
 
 def load_checkpoint(folder, unet, parts, config):
     """Bring the weights, `parts`, log.csv and lora/ back to the run's checkpoint -> the epochs that are done, all of them if it stopped the run
-    early; later pictures will be drawn anew. Raises ValueError for a checkpoint that is damaged, of something else, or of a later epoch than the last."""
+    early; later pictures will be drawn anew. Raises ValueError for a checkpoint that is damaged, of something else, or past the last epoch."""
     file, log, lora = folder / "checkpoint.pt", folder / "log.csv", lora_weights(unet)
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)

@@ -13,7 +13,8 @@ What differs from the paper or from the released code, and why:
   plain squared difference of the noises instead; the exact weight is 0.07 to 5.4 times that along Stable Diffusion's 50 steps.
 - log p and KL are means over the latent and over rows, as in the released code; `log_prob` says what that does to the clip range.
 - Eq. 25 is printed as the gradient; with one ratio a step it is that only at theta_old. Eq. 26 prints its bounds the other way round.
-- An update sees rows of its own round. The released code keeps 1,000, two rounds, half of which have a ratio off 1 from the start.
+- An update sees rows of its own round, none again before all have had their turn: drawn with replacement they are noisier. The released code
+  keeps 1,000, two rounds, half of which have a ratio off 1 from the start.
 - Rows an update: 32, the paper's, not the code's 48. Weight decay: 0.01, AdamW's default, which the paper says it uses; the code has 0.
 - Steps, guidance, eta and rank are not in the paper but in the code. V is fitted after the policy, on all rows at once, so that it has not seen
   the rewards it is subtracted from (the code: before, on 1,280 random rows). It then lags behind a policy that learns fast, and advantages
@@ -120,7 +121,7 @@ class Config:
         W = processes()[1]
         return [(self.update_batch % W == 0, f"{W} processes must divide update_batch {self.update_batch}; start {math.gcd(self.update_batch, W)}"),
                 (self.evaluation_images > 1, f"evaluation_images {self.evaluation_images} must be above 1, for a standard error; the paper has 50"),
-                (self.algo == "rl" or self.steps > 1, f"steps {self.steps} must be above 1 with algo sft, which leaves the last step out; take 2 or more")]
+                (self.algo == "rl" or self.steps > 1, f"steps {self.steps} must be above 1 with algo sft, which leaves the last out; take 2 or more")]
 
 
 # ---------------------------------------------------------------- LoRA: W x + B A x in the attention layers (arXiv:2106.09685)
@@ -406,6 +407,7 @@ def gather(share):
 
 
 def sum_gradients(parameters):
+    """Add the gradients of all processes, each of which has its rows' share of the mean."""
     if processes()[1] > 1:
         for parameter in parameters:
             dist.all_reduce(parameter.grad)
@@ -580,7 +582,7 @@ def save_checkpoint(folder, epoch, stopped, unet, parts):
 
 def load_checkpoint(folder, unet, parts, config):
     """Bring the weights, `parts`, log.csv and lora/ back to the run's checkpoint -> the epochs that are done, all of them if it stopped the run
-    early; later pictures will be drawn anew. Raises ValueError for a checkpoint that is damaged, of something else, or of a later epoch than the last."""
+    early; later pictures will be drawn anew. Raises ValueError for a checkpoint that is damaged, of something else, or past the last epoch."""
     file, log, lora = folder / "checkpoint.pt", folder / "log.csv", lora_weights(unet)
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)

@@ -1,48 +1,79 @@
-"""What the DPOK paper claims, tried on shapes/ with five seeds: the runs, their measurement, the tables of the README, two pictures.
+"""The claims of both papers that a laptop can show, tried on shapes/ with five seeds: runs, measurements, verdicts, tables and figures.
 
-    python experiments/claims.py                              85 runs of 4 minutes, two at a time on two cores: three hours
-    python experiments/claims.py --only "RL count" --seeds 1  some of the runs, without tables
+    python experiments/claims.py               everything, two runs at a time on two cores
+    python experiments/claims.py --only count  the runs that have this in their name; then the tables of all that is finished
+    python experiments/claims.py --quick       shorter runs of one seed, within ten minutes: trends, no verdicts
 What is finished is not repeated, so it may be stopped and started again.
 
-A run is `python dpok.py` with the arguments of RUNS, in runs/claims/<name>-<seed>/. The tuned model is then measured on images of seeds that no
-run has seen, the same for every model. `alignment` and `size` (of the JPEG, kB) are what runs are rewarded with; `strict`, with which none is, is the
-share of images that are just what their caption says; `diversity` is how far the images of one caption differ: the standard deviation of a
-pixel's value (0 to 1) between them. All numbers are in experiments/results/claims.json.
+A run is `python ddpo.py` or `python dpok.py` with the arguments of RUNS, in runs/claims/<name>-<seed>/. The tuned model is then measured on
+images of seeds that no run has seen, the same for every model. `alignment` and `size` (of the JPEG, kB) are what runs are rewarded with;
+`strict`, with which none is, is the share of images that are just what their caption says; `diversity` is how far the images of one caption
+differ: the standard deviation of a pixel's value (0 to 1) between them. All numbers are in experiments/results/claims.json.
 """
 import argparse
 import contextlib
 import csv
 import dataclasses
 import json
+import shlex
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "shapes")]
+import ddpo  # noqa: E402
 import dpok  # noqa: E402
 import rewards  # noqa: E402
 import shapes_reward  # noqa: E402
 
-FOLDER, RESULTS = HERE.parent / "runs" / "claims", HERE / "results"
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+FOLDER, RESULTS, SEEDS = HERE.parent / "runs" / "claims", HERE / "results", 5
 KINDS = dict(zip(("colour", "count", "composition", "location"), dpok.PROMPTS["shapes"])) | {"bias": "four red circles"}
-METHODS = {"RL": [], "KL-O": ["--algo", "sft", "--lr", "3e-3"], "KL-D": ["--algo", "sft", "--lr", "3e-3", "--kl_d"]}
-BETAS = "0", "0.5"
-RUNS = {f"{method} {kind}": ["--prompts", prompt, *arguments] for method, arguments in METHODS.items() for kind, prompt in KINDS.items()}
-RUNS |= {f"jpeg beta {beta}": ["--prompts", KINDS["count"], "--reward", "jpeg", "--beta", beta] for beta in BETAS}
-# the prompts of shapes/ that no run trains on and that are no unseen partner of those
-OTHER = [p for p in dpok.load_prompts("shapes/prompts.txt") if p not in KINDS.values() and p not in dpok.UNSEEN.values()]
+ALIGNMENT = ["--reward", "shapes/shapes_reward.py:alignment"]
+METHODS = {"KL-O": (dpok, ["--algo", "sft", "--lr", "3e-3"]), "KL-D": (dpok, ["--algo", "sft", "--lr", "3e-3", "--kl_d"]),
+           "DDPO": (ddpo, [*ALIGNMENT, "--epochs", "30"]), "RL": (dpok, [])}
+BETAS = "0", "0.1", "0.5"
+# run: (script, its prompts, which are one of KINDS or all 16 of shapes/prompts.txt, its other arguments)
+RUNS = {f"{method} {kind}": (script, kind, arguments) for method, (script, arguments) in METHODS.items() for kind in KINDS}
+RUNS |= {"SF count": (ddpo, "count", [*ALIGNMENT, "--epochs", "30", "--algo", "sf"])}
+RUNS |= {f"jpeg beta {beta}": (dpok, "count", ["--reward", "jpeg", "--beta", beta]) for beta in BETAS}
+RUNS |= {f"DDPO {name}": (ddpo, "all", ["--reward", *arguments]) for name, arguments in {
+    "jpeg": ["jpeg"], "incompressibility": ["incompressibility", "--epochs", "30"],
+    "jpeg kl_weight": ["jpeg", "--kl_weight", "0.3"], "jpeg max_kl": ["jpeg", "--max_kl", "0.06"]}.items()}
+STAGES = {"DDPO jpeg": (10, 20, 30, 40)}  # epochs after which a run is measured besides its last
+PROMPTS = {kind: [prompt] for kind, prompt in KINDS.items()} | {"all": dpok.load_prompts("shapes/prompts.txt")}
+# for runs on one prompt: the prompts of shapes/ that no such run trains on and that are no unseen partner of theirs
+OTHER = [p for p in PROMPTS["all"] if p not in KINDS.values() and p not in dpok.UNSEEN.values()]
+QUICK = {"RL count": 12, "KL-O count": 12, "DDPO jpeg": 15}  # run: epochs
 
 
-def settings(arguments, **more):
-    more = {"device": "cpu", "precision": "fp32", "evaluation_images": 2, **more}
-    return dpok.parse([*arguments, *(f"--{name}={value}" for name, value in more.items())])
+def arguments(name):
+    script, kind, others = RUNS[name]
+    return (["--prompts", KINDS[kind]] if kind in KINDS else []) + others
 
+
+def group(name):
+    """The method of a run that is made for each of KINDS, otherwise the run's name."""
+    method, _, kind = name.partition(" ")
+    return method if method in METHODS and kind in KINDS else name
+
+
+def settings(name, **more):
+    script = RUNS[name][0]
+    more = {"device": "cpu", "precision": "fp32", **({"evaluation_images": 2} if script is dpok else {}), **more}
+    return script.parse([*arguments(name), *(f"--{flag}={value}" for flag, value in more.items())])
+
+
+# ---------------------------------------------------------------- the runs, and what they are measured by
 
 def draw(pipe, config, prompts, count):
     """`count` images of each prompt, of seeds that no run has seen -> images, their prompts."""
@@ -57,89 +88,216 @@ def score(pipe, config, prompts, count):
             "size": rewards.jpeg_size(images).mean().item(), "diversity": pixels.std(1).mean().item(), "images": len(images)}
 
 
-def measure(config, lora=None):
-    """The pre-trained model, or a tuned one -> scores on the prompt of the run, on its unseen partner if it has one, and on the others."""
-    pipe, prompt = dpok.load_pipeline(config), config.prompts
+def measure(kind, config, lora=None):
+    """The pre-trained model, or a tuned one -> scores on the prompts of a kind, on their unseen partners, and, if they are one, on others."""
+    pipe, prompts = dpok.load_pipeline(config), PROMPTS[kind]
     if lora:
         dpok.load_lora(pipe.unet, lora)
-    sets = {"trained": [prompt], "other": OTHER} | ({"unseen": [dpok.UNSEEN[prompt]]} if prompt in dpok.UNSEEN else {})
-    return {name: score(pipe, config, prompts, 256 // len(prompts)) for name, prompts in sets.items()}
+    unseen = [dpok.UNSEEN[prompt] for prompt in prompts if prompt in dpok.UNSEEN]
+    sets = {"trained": prompts, "other": OTHER if kind in KINDS else [], "unseen": unseen}
+    return {name: score(pipe, config, texts, 256 // len(texts)) for name, texts in sets.items() if texts}
 
 
-def run(name, seed):
-    """Train, measure, and write measured.json last. A run without it was stopped, and one of other settings is out of date: both start over. What
-    it prints is in <name>-<seed>.txt."""
-    torch.set_num_threads(1)
-    folder = FOLDER / f"{name}-{seed}"
-    with open(f"{folder}.txt", "a", encoding="utf-8") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        config = settings(RUNS[name], seed=seed, out=folder)
-        if (folder / "measured.json").exists() and json.loads((folder / "config.json").read_text()) == dataclasses.asdict(config) | {"out": ""}:
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        dpok.train(config)
-        scores = measure(config, folder / "lora")
-    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
-        log = list(csv.DictReader(file))
-    scores |= {"queries": int(log[-1]["reward_queries"]), "updates": len(log) * config.updates_per_epoch,
-               "kl": sum(float(row["kl"]) for row in log[-5:]) / 5, "minutes": sum(float(row["seconds"]) for row in log) / 60}
-    dpok.replace(folder / "measured.json", (json.dumps(scores, indent=1) + "\n").encode())
-
-
-def score_pretrained(kind):
-    """The scores of the pre-trained model, for the prompt of a kind; measured once."""
-    file = FOLDER / f"pre-trained {kind}.json"
-    if not file.exists():
-        scores = measure(settings(["--prompts", KINDS[kind]]))
-        dpok.replace(file, (json.dumps(scores, indent=1) + "\n").encode())
+def read(file):
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def spread(values):
+def write(file, scores):
+    dpok.replace(file, (json.dumps(scores, indent=1) + "\n").encode())
+
+
+def score_pretrained(kind):
+    """The scores of the pre-trained model; measured once."""
+    file = FOLDER / f"pre-trained {kind}.json"
+    if not file.exists():
+        write(file, measure(kind, settings(next(name for name in RUNS if RUNS[name][1] == kind))))
+    return read(file)
+
+
+def run(folder, name, seed, **more):
+    """Train, measure, and write measured.json last. A run without it was stopped, and one of other settings is out of date: both start over. What
+    it prints is in <name>-<seed>.txt."""
+    torch.set_num_threads(1)
+    folder, (script, kind, _) = folder / f"{name}-{seed}", RUNS[name]
+    with open(f"{folder}.txt", "a", encoding="utf-8") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        config = settings(name, seed=seed, out=folder, **more)
+        if (folder / "measured.json").exists() and read(folder / "config.json") == dataclasses.asdict(config) | {"out": ""}:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        scores = {"stages": {}}
+        for epochs in (*STAGES.get(name, ()), config.epochs):
+            if epochs <= config.epochs:
+                script.train(dataclasses.replace(config, epochs=epochs, resume=str(folder) if scores["stages"] else ""))
+                scores["stages"][epochs] = measure(kind, config, folder / "lora")
+    write(folder / "measured.json", scores["stages"][config.epochs] | scores)
+
+
+def load(folder, name, seed):
+    """The scores of a finished run with what its log says of it, or None."""
+    folder = folder / f"{name}-{seed}"
+    if not (folder / "measured.json").exists():
+        return None
+    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+        log = {column: [float(value) for value in values] for column, *values in zip(*csv.reader(file))}
+    return read(folder / "measured.json") | {
+        "queries": int(log["reward_queries"][-1]), "updates": len(log["epoch"]) * read(folder / "config.json")["updates_per_epoch"],
+        "kl": float(np.mean(log["kl"][-5:])), "minutes": sum(log["seconds"]) / 60,
+        "log": {column: log[column] for column in ("reward_queries", "reward_mean", "kl")}}
+
+
+def run_all(folder, jobs, at_once):
+    """jobs [(run, seed, further settings)]"""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(at_once) as pool:
+        try:
+            for job in tqdm(as_completed([pool.submit(run, folder, name, seed, **more) for name, seed, more in jobs]), "runs", len(jobs)):
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+# ---------------------------------------------------------------- verdicts and tables
+
+def spread(values, digits=2):
     """Mean ± standard error over seeds, as text."""
-    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1) / len(values)**0.5:.2f}"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) / len(values)**0.5:.{digits}f}" if np.isfinite(values).all() else ""
+
+
+def over_seeds(found, name, where="trained", what="strict", epochs=None):
+    """One number of every seed, (SEEDS,); not a number where a run is not finished."""
+    seeds = found.get(name, [])
+    seeds = [scores["stages"][str(epochs)] if epochs else scores for scores in seeds]
+    return np.array([scores[where][what] for scores in seeds]) if seeds else np.full(SEEDS, np.nan)
+
+
+def claims(before, found):
+    """-> (letter, claim, the least mean effect at which it holds, {what: (the runs it rests on, the effect with each seed)})."""
+    def gain(name, where="trained", what="strict"):
+        return over_seeds(found, name, where, what) - before[RUNS[name][1]][where][what]
+
+    def versus(one, other, where="trained", what="strict"):
+        return [one, other], over_seeds(found, one, where, what) - over_seeds(found, other, where, what)
+
+    size, later = {"what": "size"}, over_seeds(found, "DDPO jpeg", what="size", epochs=20) - over_seeds(found, "DDPO jpeg", what="size")
+    yield "a", "DDPO makes JPEGs smaller or larger as it is asked, kB", 0, {
+        "smaller": (["DDPO jpeg"], -gain("DDPO jpeg", **size)), "larger": (["DDPO incompressibility"], gain("DDPO incompressibility", **size))}
+    yield "a", "DDPO raises alignment, strict accuracy by 0.15 or more", 0.15, {kind: ([f"DDPO {kind}"], gain(f"DDPO {kind}")) for kind in KINDS}
+    yield "b", "DDPO_IS is better than DDPO_SF on as many reward queries, strict accuracy", 0, {"count": versus("DDPO count", "SF count")}
+    yield "c", "DDPO over-optimises `jpeg`: files shrink on after epoch 20, kB", 0, {"": (["DDPO jpeg"], later)}
+    yield "c", "… while strict accuracy is lost, 0.15 or more", 0.15, {"": (["DDPO jpeg"], -gain("DDPO jpeg"))}
+    yield "c", "… and diversity", 0, {"": (["DDPO jpeg"], -gain("DDPO jpeg", what="diversity"))}
+    remedies = {"KL penalty": "DDPO jpeg kl_weight", "stopping early": "DDPO jpeg max_kl"}
+    yield "c", "against that: it loses less than 0.1 of strict accuracy (0.1 less the loss)", 0, {
+        text: ([name], 0.1 + gain(name)) for text, name in remedies.items()}
+    yield "c", "… and files still shrink, kB", 0, {text: ([name], -gain(name, **size)) for text, name in remedies.items()}
+    yield "d, g", "DPOK raises strict accuracy by 0.15 or more", 0.15, {kind: ([f"RL {kind}"], gain(f"RL {kind}")) for kind in KINDS}
+    for other, who in {"KL-O": "supervised training, KL-O,", "KL-D": "supervised training, KL-D,", "DDPO": "DDPO (which neither paper claims)"}.items():
+        yield "d", f"DPOK is better than {who} on as many reward queries, strict accuracy", 0, {
+            kind: versus(f"RL {kind}", f"{other} {kind}") for kind in KINDS}
+    yield "h", "DPOK raises prompts never trained on, their unseen partners, strict accuracy", 0, {
+        kind: ([f"RL {kind}"], gain(f"RL {kind}", "unseen")) for kind in KINDS if "unseen" in before[kind]}
+    yield "h", "DDPO on `jpeg` makes files of captions never trained on smaller, kB", 0, {"": (["DDPO jpeg"], -gain("DDPO jpeg", "unseen", "size"))}
+    free, held = "jpeg beta 0", f"jpeg beta {BETAS[-1]}"
+    yield "i", "DPOK on `jpeg`, β 0: strict accuracy of other prompts is lost, 0.15 or more", 0.15, {"": ([free], -gain(free, "other"))}
+    yield "i", f"… β {BETAS[-1]}: less than 0.1 is lost (0.1 less the loss)", 0, {"": ([held], 0.1 + gain(held, "other"))}
+    yield "i", "… and files still shrink, kB", 0, {"": ([held], -gain(held, **size))}
+    yield "i", "… and other prompts stay more diverse than with β 0", 0, {"": versus(held, free, "other", "diversity")}
+
+
+def verdict(effect, least):
+    """The mean is large enough, and above 0 by 2.78 standard errors (Student's t, five seeds, 95 %)."""
+    if not np.isfinite(effect).all():
+        return "not run"
+    return "holds" if effect.mean() >= least and effect.mean() > 2.78 * effect.std(ddof=1) / len(effect)**0.5 else "**does not hold**"
 
 
 def tables(before, found):
-    """before {kind: scores of the pre-trained model}, found {run: [scores of each seed]} -> lines of the README's tables, and of the verdicts."""
-    def over_seeds(name, where="trained", what="strict"):
-        return np.array([scores[where][what] for scores in found[name]])
+    """before {kind: scores of the pre-trained model}, found {run: scores of each seed} -> the README's tables."""
+    yield "| | claim | effect | on `shapes/` | minutes | runs |\n|---|---|---|---|---|---|"
+    for letter, text, least, parts in claims(before, found):
+        judged = {label: verdict(effect, least) for label, (_, effect) in parts.items()}
+        verdicts = next(iter(judged.values())) if len(set(judged.values())) == 1 else ", ".join(f"{label}: {says}" for label, says in judged.items())
+        effects = "; ".join(f"{label} {spread(effect)}".strip() for label, (_, effect) in parts.items() if np.isfinite(effect).all())
+        names = list(dict.fromkeys(name for names, _ in parts.values() for name in names))
+        minutes = sum(scores["minutes"] for name in names for scores in found.get(name, []))
+        yield f"| {letter} | {text} | {effects} | {verdicts} | {minutes:.0f} | {', '.join(dict.fromkeys(group(name) for name in names))} |"
 
-    yield "| strict accuracy | pre-trained | RL | KL-O | KL-D | unseen partner, pre-trained | unseen partner, RL |\n|---|---|---|---|---|---|---|"
+    yield f"\n| strict accuracy | pre-trained | {' | '.join(METHODS)} | unseen partner, pre-trained | KL-O | RL |\n{'|---' * 9}|"
     for kind, prompt in KINDS.items():
-        unseen = f"{before[kind]['unseen']['strict']:.2f} | {spread(over_seeds(f'RL {kind}', 'unseen'))}" if prompt in dpok.UNSEEN else " | "
-        tuned = " | ".join(spread(over_seeds(f"{method} {kind}")) for method in METHODS)
-        yield f"| {prompt} | {before[kind]['trained']['strict']:.2f} | {tuned} | {unseen} |"
+        tuned = [spread(over_seeds(found, f"{method} {kind}")) for method in METHODS]
+        unseen = [f"{before[kind]['unseen']['strict']:.2f}", *(spread(over_seeds(found, f"{method} {kind}", "unseen")) for method in ("KL-O", "RL"))
+                  ] if "unseen" in before[kind] else ["", "", ""]
+        yield f"| {prompt} | {before[kind]['trained']['strict']:.2f} | " + " | ".join(tuned + unseen) + " |"
 
     columns = ("trained", "size"), ("other", "strict"), ("other", "diversity"), ("trained", "strict")
-    yield "\n| `--reward jpeg` | size, kB | strict, other prompts | diversity, other prompts | strict, its own prompt |\n|---|---|---|---|---|"
+    yield "\n| `dpok.py --reward jpeg` | size, kB | strict, other prompts | diversity, other prompts | strict, its own prompt |\n|---|---|---|---|---|"
     yield "| pre-trained | " + " | ".join(f"{before['count'][where][what]:.2f}" for where, what in columns) + " |"
     for beta in BETAS:
-        yield f"| `--beta {beta}` | " + " | ".join(spread(over_seeds(f"jpeg beta {beta}", *column)) for column in columns) + " |"
+        yield f"| `--beta {beta}` | " + " | ".join(spread(over_seeds(found, f"jpeg beta {beta}", *column)) for column in columns) + " |"
 
-    yield "\n| run | reward queries | updates | minutes |\n|---|---|---|---|"
-    for name in ("RL", "KL-O", "KL-D", "jpeg"):
-        runs = [scores for run, seeds in found.items() if run.startswith(name) for scores in seeds]
-        of_runs = ([scores[what] for scores in runs] for what in ("queries", "updates", "minutes"))
-        yield f"| {name} | " + " | ".join(f"{min(values):.4g} to {max(values):.4g}" for values in of_runs) + " |"
-
-    start, free, held = before["count"]["other"], *(over_seeds(f"jpeg beta {beta}", "other") for beta in BETAS)
-    size, varied = over_seeds(f"jpeg beta {BETAS[1]}", "trained", "size"), [over_seeds(f"jpeg beta {beta}", "other", "diversity") for beta in BETAS]
-    claims = [(f"RL raises {kind}, by 0.15 or more", over_seeds(f"RL {kind}") - before[kind]["trained"]["strict"], 0.15) for kind in KINDS]
-    claims += [(f"RL beats {sft} at {kind}", over_seeds(f"RL {kind}") - over_seeds(f"{sft} {kind}"), 0) for kind in KINDS for sft in ("KL-O", "KL-D")]
-    claims += [("jpeg, beta 0: strict of other prompts falls, by 0.15 or more", start["strict"] - free, 0.15),
-               (f"jpeg, beta {BETAS[1]}: it falls by less than 0.1 (the effect is 0.1 less the fall)", 0.1 - (start["strict"] - held), 0),
-               (f"jpeg, beta {BETAS[1]}: the size still falls, kB", before["count"]["trained"]["size"] - size, 0),
-               (f"jpeg: diversity of other prompts is higher with beta {BETAS[1]} than with 0", varied[1] - varied[0], 0)]
-    yield f"\n{len(claims)} claims are judged. One holds if its mean is large enough and above 0 by 2.78 standard errors (t, 5 seeds, 95 %)."
-    yield "\n| claim | effect | |\n|---|---|---|"
-    for text, effect, least in claims:
-        holds = effect.mean() >= least and effect.mean() > 2.78 * effect.std(ddof=1) / len(effect)**0.5
-        yield f"| {text} | {spread(effect)} | {'holds' if holds else 'does not hold'} |"
+    yield "\n| runs | command, with `--seed` 0 to 4 | reward queries | updates | minutes on one core |\n|---|---|---|---|---|"
+    for runs in dict.fromkeys(map(group, RUNS)):
+        names = [name for name in RUNS if group(name) == runs]
+        finished = [scores for name in names for scores in found.get(name, [])]
+        if finished:
+            ranges = ((min(values), max(values)) for values in ([scores[what] for scores in finished] for what in ("queries", "updates", "minutes")))
+            command = f"python {RUNS[names[0]][0].__name__}.py " + ('--prompts "…" ' if runs in METHODS else "")
+            command += shlex.join(RUNS[names[0]][2] if runs in METHODS else arguments(runs))
+            yield f"| {runs} | `{command.strip()}` | " + " | ".join(f"{a:.4g}" if a == b else f"{a:.4g} to {b:.4g}" for a, b in ranges) + " |"
 
 
-def picture(file, title, rows, prompts, count):
-    """The same seeds below each other as in Fig. 2, seed 0 of each run; rows [run, or None for the pre-trained model]."""
-    config, cells, captions = settings(["--prompts", KINDS["count"]]), [], []
+# ---------------------------------------------------------------- figures
+
+def curve(axis, found, name, label, x="reward_queries", y="reward_mean"):
+    """Mean and standard error over seeds along training."""
+    logs = [scores["log"] for scores in found.get(name, [])]
+    if logs:
+        values = np.array([log[y] for log in logs])
+        mean, error = values.mean(0), values.std(0, ddof=1) / len(values)**0.5
+        axis.plot(logs[0][x], mean, label=label)
+        axis.fill_between(logs[0][x], mean - error, mean + error, alpha=0.3)
+
+
+def draw_figures(before, found):
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for axis, (title, label, runs) in zip(axes, [
+            ("DDPO on the JPEG size", "reward, kB", {"DDPO jpeg": "jpeg", "DDPO jpeg kl_weight": "jpeg, KL penalty"}),
+            ("DDPO on its opposite", "reward, kB", {"DDPO incompressibility": "incompressibility"}),
+            ("alignment of \"two red squares\"", "reward", {"DDPO count": "DDPO_IS", "SF count": "DDPO_SF", "RL count": "DPOK"})]):
+        for name, text in runs.items():
+            curve(axis, found, name, text)
+        axis.set(title=title, xlabel="reward queries", ylabel=label)
+        axis.legend()
+    figure.savefig(RESULTS / "curves.png", dpi=100)
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, what in zip(axes, ("strict", "alignment")):
+        for i, method in enumerate(("pre-trained", *METHODS)):
+            values = [over_seeds(found, f"{method} {kind}", what=what) if i else np.array(before[kind]["trained"][what]) for kind in KINDS]
+            axis.bar(np.arange(len(KINDS)) + i * 0.16, [v.mean() for v in values], 0.15, label=method,
+                     yerr=[v.std(ddof=1) / SEEDS**0.5 for v in values] if i else None)
+        axis.set(title=f"{what}, {'judged by' if what == 'strict' else 'rewarded'}", xticks=np.arange(len(KINDS)) + 0.32, xticklabels=KINDS)
+    axes[0].legend(fontsize="small")
+    figure.savefig(RESULTS / "methods.png", dpi=100)
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for beta in BETAS:
+        for scores in found.get(f"jpeg beta {beta}", []):
+            axes[0].plot(scores["log"]["kl"], scores["log"]["reward_mean"], ".", color=f"C{BETAS.index(beta)}", alpha=0.3, markersize=4)
+            axes[0].plot(scores["kl"], -scores["trained"]["size"], "o", color=f"C{BETAS.index(beta)}", markeredgecolor="black")
+            axes[1].plot(-scores["trained"]["size"], scores["other"]["strict"], "o", color=f"C{BETAS.index(beta)}", markeredgecolor="black")
+        axes[0].plot([], [], "o", color=f"C{BETAS.index(beta)}", label=f"β {beta}")
+    axes[1].plot(-before["count"]["trained"]["size"], before["count"]["other"]["strict"], "*", color="black", markersize=12)
+    axes[0].set(title="rounds of all seeds, ringed: the last", xlabel="KL to the pre-trained model, a step", ylabel="reward, −kB", xscale="log")
+    axes[1].set(title="what it costs; star: pre-trained", xlabel="reward, −kB", ylabel="strict, other prompts")
+    axes[0].legend()
+    figure.savefig(RESULTS / "frontier.png", dpi=100)
+
+
+def draw_images(file, title, rows, prompts, count):
+    """The same seeds below each other as in DPOK's Fig. 2, seed 0 of each run; rows [run, or None for the pre-trained model]."""
+    config, cells, captions = settings("RL count"), [], []
     for names in rows:  # a run for each prompt
         for name, prompt in zip(names, prompts):
             pipe = dpok.load_pipeline(config)
@@ -147,38 +305,49 @@ def picture(file, title, rows, prompts, count):
                 dpok.load_lora(pipe.unet, FOLDER / f"{name}-0" / "lora")
             images, texts = draw(pipe, config, [prompt], count)
             cells += images
-            captions += [f"{verdict:.0f} {text}" for verdict, text in zip(shapes_reward.strict(images, texts), texts)]
+            captions += [f"{right:.0f} {text}" for right, text in zip(shapes_reward.strict(images, texts), texts)]
     dpok.draw_samples(RESULTS / file, title, cells, captions, columns=len(prompts) * count, size=160, text=10)
+
+
+def quick(jobs):
+    """Trends only."""
+    folder = HERE.parent / "runs" / "claims-quick"
+    run_all(folder, [(name, 0, {"epochs": epochs}) for name, epochs in QUICK.items()], jobs)
+    print("one seed, short runs: trends, no verdicts\n\n| run | epochs | size, kB | strict | minutes |\n|---|---|---|---|---|")
+    for name, epochs in QUICK.items():
+        scores, kind = load(folder, name, 0), RUNS[name][1]
+        start = score_pretrained(kind)["trained"]
+        pairs = " | ".join(f"{start[what]:.2f} → {scores['trained'][what]:.2f}" for what in ("size", "strict"))
+        print(f"| {name} | {epochs} | {pairs} | {scores['minutes']:.1f} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="fewer make no tables")
     parser.add_argument("--only", default="")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    wanted = [(name, seed) for seed in range(options.seeds) for name in RUNS if options.only in name]
-    with ProcessPoolExecutor(options.jobs) as pool:
-        try:
-            for job in tqdm(as_completed([pool.submit(run, *job) for job in wanted]), "runs", len(wanted)):
-                job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    if options.only or options.seeds < 5:
-        return
-    before = {kind: score_pretrained(kind) for kind in KINDS}
-    found = {name: [json.loads((FOLDER / f"{name}-{seed}" / "measured.json").read_text()) for seed in range(options.seeds)] for name in RUNS}
+    if options.quick:
+        return quick(options.jobs)
+    run_all(FOLDER, [(name, seed, {}) for seed in range(SEEDS) for name in RUNS if options.only in name], options.jobs)
+    before = {kind: score_pretrained(kind) for kind in PROMPTS}
+    found = {name: [load(FOLDER, name, seed) for seed in range(SEEDS)] for name in RUNS}
+    found = {name: scores for name, scores in found.items() if all(scores)}
     lines = list(tables(before, found))
     print("\n".join(lines))
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "claims.json").write_text(json.dumps({"pre-trained": before, "runs": found, "tables": lines}, indent=1) + "\n", encoding="utf-8")
-    prompts = list(KINDS.values())
-    picture("dpok-methods.png", "rows: pre-trained, supervised (KL-O), RL; 1 is strictly right",
-            [[None] * 5, [f"KL-O {kind}" for kind in KINDS], [f"RL {kind}" for kind in KINDS]], prompts, 2)
-    picture("dpok-beta.png", f"reward jpeg on one prompt, images of others; rows: pre-trained, {', '.join(f'beta {beta}' for beta in BETAS)}",
-            [[None] * 5, *([f"jpeg beta {beta}"] * 5 for beta in BETAS)], OTHER[::2][:5], 2)
+    write(RESULTS / "claims.json", {"pre-trained": before, "runs": found, "tables": lines})
+    draw_figures(before, found)
+    if len(found) == len(RUNS):
+        prompts = list(KINDS.values())
+        draw_images("dpok-methods.png", "rows: pre-trained, supervised (KL-O), RL; 1 is strictly right",
+                    [[None] * 5, [f"KL-O {kind}" for kind in KINDS], [f"RL {kind}" for kind in KINDS]], prompts, 2)
+        draw_images("dpok-beta.png", f"reward jpeg on one prompt, images of others; rows: pre-trained, {', '.join(f'beta {beta}' for beta in BETAS)}",
+                    [[None] * 5, *([f"jpeg beta {beta}"] * 5 for beta in BETAS)], OTHER[::2][:5], 2)
+        for name, run_picture in {"ddpo-jpeg": "DDPO jpeg-0/progress", "ddpo-alignment": "DDPO count-0/comparison",
+                                  "ddpo-jpeg-kl": "DDPO jpeg kl_weight-0/comparison", "dpok-bias": "RL bias-0/progress"}.items():
+            shutil.copy(FOLDER / f"{run_picture}.png", RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ class LoRAAttnProcessor(nn.Module):
     def project(self, name, layer, x):
         if not self.enabled:
             return layer(x)
-        return layer(x) + F.linear(F.linear(x, self.A[name].to(x.dtype)), self.B[name].to(x.dtype))
+        return layer(x) + x @ self.A[name].to(x.dtype).mT @ self.B[name].to(x.dtype).mT
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         x = hidden_states
@@ -302,8 +302,16 @@ def generators(seed, epoch, indices):
     return [torch.Generator().manual_seed((seed * 2_654_435_761 + epoch * 1_000_003 + i) % 2**32) for i in indices]
 
 
+def denoise(pipe, x_t, t, cond, uncond, noise, config):
+    """One action of the policy: x_{t-1} = mean + sigma noise ~ p_theta(x_{t-1} | x_t, c) -> x_{t-1} (B, 4, H, W), its log-probability (B,)."""
+    model_output = predict_noise(pipe.unet, x_t, t, cond, uncond, config.guidance)
+    mean, sigma = step_distribution(pipe.scheduler, model_output, t, x_t, config.eta)
+    x_prev = (mean + sigma * noise).detach()
+    return x_prev, log_prob(x_prev, mean, sigma)
+
+
 @torch.no_grad()
-def sample(pipe, prompts, config, generators):
+def sample(pipe, prompts, config, generators, denoise=denoise):
     """Roll the policy out: x_T ~ N(0, 1), then K steps x_{t-1} ~ p_theta(x_{t-1} | x_t, c), then the decoder -> Rollout.
 
     Each sample draws x_T and then a noise a step from its own CPU generator, in the order of diffusers' DDIM: the images are the same.
@@ -319,13 +327,10 @@ def sample(pipe, prompts, config, generators):
         x_t = torch.cat([torch.randn(shape, generator=g) for g in draws]).to(pipe.device)            # (B, 4, H, W)
         latents[rows, 0] = x_t.cpu()
         for k, t in enumerate(scheduler.timesteps):
-            t = t.expand(len(rows))                                                                  # (B,)
-            model_output = predict_noise(unet, x_t, t, cond[rows], uncond, config.guidance)          # (B, 4, H, W)
-            mean, sigma = step_distribution(scheduler, model_output, t, x_t, config.eta)
-            x_prev = mean + sigma * torch.cat([torch.randn(shape, generator=g) for g in draws]).to(pipe.device)
-            log_probs[rows, k] = log_prob(x_prev, mean, sigma).cpu()
-            latents[rows, k + 1] = x_prev.cpu()
-            x_t = x_prev
+            noise = torch.cat([torch.randn(shape, generator=g) for g in draws]).to(pipe.device)
+            x_t, step_log_prob = denoise(pipe, x_t, t.expand(len(rows)), cond[rows], uncond, noise, config)
+            log_probs[rows, k] = step_log_prob.cpu()
+            latents[rows, k + 1] = x_t.cpu()
         decoded = pipe.vae.decode(x_t.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
         images += pipe.image_processor.postprocess(decoded.float(), output_type="pil")
     return Rollout(list(prompts), cond.cpu(), scheduler.timesteps.cpu(), latents, log_probs, images)

@@ -8,6 +8,7 @@ The chain of `Chain` is the smallest policy of the kind that DDPO trains: one nu
 import ast
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -469,6 +470,73 @@ def test_an_epoch_of_training_is_the_algorithm_done_one_row_at_a_time(algo, upda
     saved = load_file(trained / "lora" / "pytorch_lora_weights.safetensors")
     for name, parameter in ddpo.lora_weights(pipe.unet).items():  # Adam moves each weight by about lr = 0.01
         torch.testing.assert_close(saved[f"unet.{name}"], parameter.detach(), rtol=0, atol=3e-4)
+
+
+def gradients(loss_at, rows, parameters, config):
+    """What `descend` gives the optimiser, uncut."""
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    before = [p.detach().clone() for p in parameters]
+    ddpo.descend(loss_at, rows, 0, parameters, optimizer, dataclasses.replace(config, max_grad_norm=1e9))
+    moved = [b - p.detach() for b, p in zip(before, parameters)]
+    with torch.no_grad():
+        for b, p in zip(before, parameters):
+            p.copy_(b)
+    return moved
+
+
+@pytest.mark.parametrize("guidance, checkpointing", [(5.0, False), (5.0, True), (1.0, False)])
+def test_a_single_pass_gives_the_gradient_of_two(guidance, checkpointing, config):
+    """(DDPO_SF) of every LoRA tensor, from traces collected while sampling and from a second pass; seven samples in batches of four."""
+    c = dataclasses.replace(config, algo="sf", guidance=guidance, steps=5)
+    pipe = ddpo.load_pipeline(c)
+    parameters = ddpo.add_lora(pipe.unet, c.rank, torch.Generator().manual_seed(0))
+    disturb(pipe.unet)
+    if checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    advantage, prompts, uncond = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, -1.0, 0.7]), ddpo.ANIMALS[:7], ddpo.encode(pipe, [""])
+    rollout = ddpo.sample(pipe, prompts, c, ddpo.generators(0, 1, range(7)))
+    two = gradients(functools.partial(ddpo.loss_at, pipe, rollout, advantage, uncond, c), torch.randperm(35), parameters, c)
+    single, traces = ddpo.sample_and_trace(pipe, prompts, c, ddpo.generators(0, 1, range(7)))
+    one = gradients(functools.partial(ddpo.trace_loss_at, traces, advantage, parameters, c), torch.arange(7), parameters, c)
+    assert single.prompts == prompts and all(torch.equal(getattr(single, name), getattr(rollout, name)) for name in ("cond", "timesteps", "latents", "log_probs"))
+    assert [image.tobytes() for image in single.images] == [image.tobytes() for image in rollout.images]
+    assert [p for p in pipe.unet.parameters() if p.requires_grad] == parameters and all(p.grad is None for p in parameters)  # the shared ones are back
+    for name, a, b in zip(ddpo.lora_weights(pipe.unet), one, two):
+        assert (a - b).norm() <= 1e-4 * b.norm() and b.norm() > 0, name
+
+
+def test_the_memory_of_a_single_pass_does_not_grow_with_the_steps(config):
+    """Of the tensors that wait for a backward pass, as many at most with eight steps as with two."""
+    class Waiting:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            alive.append(None)
+            peaks[-1] = max(peaks[-1], len(alive))
+
+        def __del__(self):
+            alive.pop()
+
+    alive, peaks, pipe = [], [], ddpo.load_pipeline(config)
+    ddpo.add_lora(pipe.unet, config.rank)
+    for steps in (2, 8):
+        peaks.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(Waiting, lambda waiting: waiting.tensor):
+            ddpo.sample_and_trace(pipe, ddpo.ANIMALS[:4], dataclasses.replace(config, steps=steps), ddpo.generators(0, 1, range(4)))
+    assert peaks[0] == peaks[1] > 0 == len(alive)
+
+
+def test_a_run_in_a_single_pass_is_that_in_two_and_can_be_resumed(config):
+    runs, bf16 = {}, {"precision": "bf16", "gradient_checkpointing": True}
+    for name, changes in {"two": {}, "one": {"single_pass": True}, "resumed": {"single_pass": True, "epochs": 1},
+                          "bf16 two": bf16, "bf16 one": bf16 | {"single_pass": True}}.items():
+        c = dataclasses.replace(config, algo="sf", updates_per_epoch=1, lr=1e-3, out=f"{config.out}-{name}", **changes)
+        assert ddpo.main(flags(c)) == 0 and (name != "resumed" or ddpo.main(["--resume", c.out, "--epochs", "2"]) == 0)
+        runs[name] = load_file(Path(c.out, "lora", "pytorch_lora_weights.safetensors")), [float(row["grad_norm"]) for row in read_log(c.out)]
+    assert all(torch.equal(runs["resumed"][0][name], tensor) for name, tensor in runs["one"][0].items())
+    assert runs["one"][1] == pytest.approx(runs["two"][1], rel=1e-3)
+    assert runs["bf16 one"][1][0] == pytest.approx(runs["bf16 two"][1][0], rel=0.01)  # rounded weights draw other images in the second epoch
+    for name, tensor in runs["two"][0].items():
+        torch.testing.assert_close(runs["one"][0][name], tensor, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------- DPOK
@@ -1064,6 +1132,7 @@ REFUSED = [  # flags, what the last line of stderr names; a word in capitals is 
 ]
 REFUSED = [(ddpo, *row) for row in REFUSED] + [(dpok, *row) for row in REFUSED] + [
     (ddpo, "--algo sf --updates_per_epoch 2", "updates_per_epoch 2"), (ddpo, "--updates_per_epoch 3", "updates_per_epoch 3"),
+    (ddpo, "--single_pass", "single_pass needs algo sf"), (ddpo, "--single_pass --algo sf --updates_per_epoch 1 --kl_weight 0.1", "kl_weight 0.1"),
     (ddpo, "--kl_weight -1", "kl_weight -1"), (ddpo, "--min_count 64", "min_count 64"), (ddpo, "--advantage_clip 0", "advantage_clip 0"),
     (dpok, "--beta -1", "beta -1"), (dpok, "--gamma nan", "gamma nan"), (dpok, "--value_lr 0", "value_lr 0"),
     (dpok, "--update_batch 0", "update_batch 0"), (dpok, "--evaluation_images 1", "evaluation_images 1"),
@@ -1340,13 +1409,14 @@ def test_a_folder_that_vanishes_or_is_full_stops_the_run_with_one_line(config, t
     assert "too large" in last and f"--resume {run}" in last and ddpo.main(["--resume", str(run)]) == 0
 
 
-@pytest.mark.parametrize("script, algo", [(ddpo, "is"), (dpok, "rl"), (dpok, "sft")])
+@pytest.mark.parametrize("script, algo", [(ddpo, "is"), (ddpo, "sf"), (dpok, "rl"), (dpok, "sft")])
 def test_two_processes_are_one_with_the_same_samples(script, algo, config, tmp_path):
     """torchrun on the CPU (gloo): the same rewards and LoRA but for rounding, one folder, and resuming goes on. A smooth reward, float32."""
     (tmp_path / "own.py").write_text("import numpy as np\ndef bright(images, prompts):\n    return [float(np.asarray(i).mean()) for i in images]\n")
     c = dataclasses.replace(config, reward=f"{tmp_path}/own.py:bright", algo=algo, updates_per_epoch=2, batch=2, clip_range=0.1,
                             lr=1e-3)  # AdamW makes of a rounded gradient near 0 a step of up to lr
     c = c if script is ddpo else dpok_config(c, reward=c.reward, algo=algo)
+    c = c if algo != "sf" else dataclasses.replace(c, updates_per_epoch=1, single_pass=True)
     arguments = flags(c, out=str(tmp_path / "two"))
 
     def same(one, two):

@@ -16,6 +16,7 @@ What differs from the paper, and why:
 - (DDPO_IS) is printed as the gradient; with one ratio a step it is that only at theta = theta_old, and after that PPO's surrogate of it.
 - Added against over-optimisation (appendix A): early stopping on the KL to the pre-trained model, and a penalty on it, mean over steps and
   latent, at the states that theta_old drew (DPOK, arXiv:2305.16381, Eq. 8 to 9, which leaves out part of its gradient, Eq. 16).
+- Added: `--single_pass`, (DDPO_SF) without its second pass over the trajectories; `sample_and_trace` says why it is exact.
 - Left out: RWR, tuning the whole UNet, and the 398 ImageNet prompts, for which the 45 animals stand in.
 
 The numbers of a run: reward_mean rises. ratio_deviation, before an epoch's first update, is 0 but for rounding. clipped is well under 1. kl
@@ -26,6 +27,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -109,8 +111,8 @@ class Config:
         return [(N % U == 0, f"updates_per_epoch {U} must divide samples_per_epoch {N}; try {math.gcd(N, U)}"),
                 (N % (U * W) == 0, f"{W} processes must divide the {N // U} samples of an update evenly; start {math.gcd(N // U, W)}"),
                 (self.algo == "is" or U == 1, f"updates_per_epoch {U} must be 1 with algo sf, which has no ratio; set it to 1, or take algo is"),
-                (not self.single_pass or self.algo == "sf", f"single_pass needs algo sf, as the gradient of {self.algo} is not known before the rewards; "
-                 "add --algo sf"),
+                (not self.single_pass or self.algo == "sf", "single_pass needs algo sf, as the later updates of algo is are at weights that sampling has "
+                 "not seen; add --algo sf"),
                 (not (self.single_pass and self.kl_weight), f"kl_weight {self.kl_weight} must be 0 with single_pass, which leaves out the pass that "
                  "the KL's gradient needs; drop one of the two"),
                 (self.min_count <= self.buffer_size, f"min_count {self.min_count} must be at most buffer_size {self.buffer_size}; lower it")]
@@ -298,7 +300,7 @@ def denoise(pipe, x_t, t, cond, uncond, noise, config):
     """One action of the policy: x_{t-1} = mean + sigma noise ~ p_theta(x_{t-1} | x_t, c) -> x_{t-1} (B, 4, H, W), its log-probability (B,)."""
     model_output = predict_noise(pipe.unet, x_t, t, cond, uncond, config.guidance)
     mean, sigma = step_distribution(pipe.scheduler, model_output, t, x_t, config.eta)
-    x_prev = (mean + sigma * noise).detach()
+    x_prev = (mean + sigma * noise).detach()  # an action is data: log p is differentiated at it, not through it
     return x_prev, log_prob(x_prev, mean, sigma)
 
 
@@ -306,7 +308,8 @@ def denoise(pipe, x_t, t, cond, uncond, noise, config):
 def sample(pipe, prompts, config, generators, denoise=denoise):
     """Roll the policy out: x_T ~ N(0, 1), then K steps x_{t-1} ~ p_theta(x_{t-1} | x_t, c), then the decoder -> Rollout.
 
-    Each sample draws x_T and then a noise a step from its own CPU generator, in the order of diffusers' DDIM: the images are the same.
+    Each sample draws x_T and then a noise a step from its own CPU generator, in the order of diffusers' DDIM: the images are the same. Another
+    `denoise` may do more at each step, as that of ddpo.py's --single_pass.
     """
     unet, scheduler, K = pipe.unet, pipe.scheduler, config.steps
     scheduler.set_timesteps(K, device=pipe.device)
@@ -737,36 +740,31 @@ def lora_of_rows(unet, count):
             side.update(parameters)
 
 
-def denoise_and_trace(*args):
-    """`denoise`, and the gradient of its log-probability, added to the .grad of the LoRA weights."""
-    with torch.enable_grad():
-        x_prev, step_log_prob = denoise(*args)
+def denoise_and_trace(traces, calls, pipe, x_t, t, cond, uncond, noise, config):
+    """`denoise`, and the gradient of its log-probability added to the traces of its samples, which the number of the call tells."""
+    first, halves = next(calls) // config.steps * config.batch, 1 if config.guidance == 1 else 2  # guidance doubles the rows of a sample
+    with torch.enable_grad(), lora_of_rows(pipe.unet, halves * len(x_t)) as weights:
+        x_prev, step_log_prob = denoise(pipe, x_t, t, cond, uncond, noise, config)
         step_log_prob.sum().backward()
+    for trace, weight in zip(traces, weights):
+        trace[first:first + len(x_t)] += weight.grad.unflatten(0, (halves, -1)).sum(0).cpu()
     return x_prev, step_log_prob.detach()
 
 
 def sample_and_trace(pipe, prompts, config, generators):
-    """`sample`, and of each sample the eligibility trace (Williams 1992), e_i = sum_t grad_theta log p_theta(x_{t-1} | x_t, c_i)
-    -> Rollout, and of each LoRA parameter the traces (N, *shape), on the CPU.
+    """`sample`, and of each sample its eligibility trace, e_i = sum_t grad_theta log p_theta(x_{t-1} | x_t, c_i) (the sum of the characteristic
+    eligibilities of Williams 1992) -> Rollout, and of each LoRA parameter the traces (N, *shape), on the CPU.
 
     (DDPO_SF) is linear in the reward: its sum over samples and steps, sum_i sum_t A_i grad log p, is sum_i A_i e_i, and e_i needs no reward. So it
     is summed up while sampling, with a backward pass at each step; nothing is approximated, and the second forward pass is saved. Memory: the
     activations of one step of one batch, whatever K is, and a trace a sample, as large as the LoRA weights (3.2 MB for Stable Diffusion at rank 4).
     """
-    N, halves, rollouts = len(prompts), 1 if config.guidance == 1 else 2, []  # guidance doubles the rows: both halves are of the sample
-    traces = [torch.empty(N, *p.shape) for p in pipe.unet.parameters() if p.requires_grad]
-    for i in tqdm(range(0, N, config.batch), "samples and traces", leave=False):
-        some = slice(i, min(i + config.batch, N))
-        with lora_of_rows(pipe.unet, halves * (some.stop - i)) as weights:
-            rollouts.append(sample(pipe, prompts[some], config, generators[some], denoise_and_trace))
-        for trace, weight in zip(traces, weights):
-            trace[some] = weight.grad.unflatten(0, (halves, -1)).sum(0).cpu()
-    cond, latents, log_probs = (torch.cat([getattr(r, name) for r in rollouts]) for name in ("cond", "latents", "log_probs"))
-    return Rollout(list(prompts), cond, rollouts[0].timesteps, latents, log_probs, [image for r in rollouts for image in r.images]), traces
+    traces = [torch.zeros(len(prompts), *p.shape) for p in pipe.unet.parameters() if p.requires_grad]
+    return sample(pipe, prompts, config, generators, functools.partial(denoise_and_trace, traces, itertools.count())), traces
 
 
 def trace_loss_at(traces, advantage, parameters, config, samples):
-    """-1/K sum_i A_i e_i . theta / B at samples (B,): linear in theta, and its gradient is that of (DDPO_SF) at all their rows -> loss, info."""
+    """-1/(B K) sum_i A_i e_i . theta at samples (B,) -> loss, info. Its value means nothing; its gradient is that of (DDPO_SF) at all their rows."""
     weight = advantage[samples] / (len(samples) * config.steps)
     return -sum((torch.tensordot(weight, e[samples], 1) * p.cpu()).sum() for e, p in zip(traces, parameters)), {}
 
@@ -850,11 +848,12 @@ def train(config):
         reward = gather(reward_fn(rollout.images, texts[p::W]))                                # r(x_0, c), (N,)
         advantage = statistics.update(texts, reward).clamp(-config.advantage_clip, config.advantage_clip)[p::W]
         for update, samples in enumerate(torch.arange(N // W).chunk(config.updates_per_epoch)):
-            rows = (samples[:, None] * K + torch.arange(K)).flatten()                          # every step of these samples
-            rows = rows[torch.randperm(len(rows), generator=rng)]
-            loss = functools.partial(loss_at, pipe, rollout, advantage, uncond, config)        # (DDPO_SF) or (DDPO_IS)
-            if config.single_pass:
-                rows, loss = samples, functools.partial(trace_loss_at, traces, advantage, parameters, config)  # (DDPO_SF), differentiated already
+            if config.single_pass:                                                             # (DDPO_SF), differentiated already
+                rows, loss = samples, functools.partial(trace_loss_at, traces, advantage, parameters, config)
+            else:                                                                              # (DDPO_SF) or (DDPO_IS)
+                rows = (samples[:, None] * K + torch.arange(K)).flatten()                      # every step of these samples
+                rows = rows[torch.randperm(len(rows), generator=rng)]
+                loss = functools.partial(loss_at, pipe, rollout, advantage, uncond, config)
             info, norm = descend(loss, rows, update, parameters, optimizer, config)            # one step for all of them (D.1)
             infos, norms = infos + info, norms + [norm]
         kl = mean_kl(pipe, rollout, uncond, config, rng)

@@ -306,7 +306,7 @@ def denoise(pipe, x_t, t, cond, uncond, noise, config):
     """One action of the policy: x_{t-1} = mean + sigma noise ~ p_theta(x_{t-1} | x_t, c) -> x_{t-1} (B, 4, H, W), its log-probability (B,)."""
     model_output = predict_noise(pipe.unet, x_t, t, cond, uncond, config.guidance)
     mean, sigma = step_distribution(pipe.scheduler, model_output, t, x_t, config.eta)
-    x_prev = (mean + sigma * noise).detach()
+    x_prev = (mean + sigma * noise).detach()  # an action is data: log p is differentiated at it, not through it
     return x_prev, log_prob(x_prev, mean, sigma)
 
 
@@ -314,7 +314,8 @@ def denoise(pipe, x_t, t, cond, uncond, noise, config):
 def sample(pipe, prompts, config, generators, denoise=denoise):
     """Roll the policy out: x_T ~ N(0, 1), then K steps x_{t-1} ~ p_theta(x_{t-1} | x_t, c), then the decoder -> Rollout.
 
-    Each sample draws x_T and then a noise a step from its own CPU generator, in the order of diffusers' DDIM: the images are the same.
+    Each sample draws x_T and then a noise a step from its own CPU generator, in the order of diffusers' DDIM: the images are the same. Another
+    `denoise` may do more at each step, as that of ddpo.py's --single_pass.
     """
     unet, scheduler, K = pipe.unet, pipe.scheduler, config.steps
     scheduler.set_timesteps(K, device=pipe.device)

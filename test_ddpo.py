@@ -1265,13 +1265,14 @@ def test_bf16_checkpointing_and_options_run_and_keep_lora_in_float32(config):
     assert float(read_log(config.out)[0]["grad_norm"]) > 0
 
 
-def test_a_compiled_unet_trains_as_the_uncompiled_one_does(config, monkeypatch):
+@pytest.mark.parametrize("changes", [{"kl_weight": 0.1}, {"algo": "sf", "updates_per_epoch": 1, "single_pass": True}])
+def test_a_compiled_unet_trains_as_the_uncompiled_one_does(changes, config, monkeypatch):
     """The LoRA processors, on and off, can be traced. With the backend that replays what was traced: inductor takes minutes."""
     compile = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile(self, backend="eager"))
     weights = []
     for c in (config, dataclasses.replace(config, compile=True, out=config.out + "-compiled")):
-        ddpo.train(dataclasses.replace(c, kl_weight=0.1, epochs=1))
+        ddpo.train(dataclasses.replace(c, epochs=1, **changes))
         weights.append(load_file(Path(c.out, "lora", "pytorch_lora_weights.safetensors")))
     assert all(torch.allclose(weights[0][name], weights[1][name], rtol=0, atol=1e-5) for name in weights[0])
 

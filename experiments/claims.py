@@ -1,9 +1,9 @@
-"""The claims of both papers that a laptop can show, tried on shapes/ with five seeds: runs, measurements, verdicts, tables and figures.
+"""The claims of both papers that a laptop can show, tried on shapes/ with five seeds or eight: runs, measurements, verdicts, tables and figures.
 
     python experiments/claims.py               everything, two runs at a time on two cores
     python experiments/claims.py --only count  the runs that have this in their name; then the tables of all that is finished
     python experiments/claims.py --quick       shorter runs of one seed, within ten minutes: trends, no verdicts
-What is finished is not repeated, so it may be stopped and started again.
+What is finished is not repeated, so it may be stopped and started again; after a change of shapes/ or of the scripts delete runs/claims/.
 
 A run is `python ddpo.py` or `python dpok.py` with the arguments of RUNS, in runs/claims/<name>-<seed>/. The tuned model is then measured on
 images of seeds that no run has seen, the same for every model. `alignment` and `size` (of the JPEG, kB) are what runs are rewarded with;
@@ -36,7 +36,7 @@ import shapes_reward  # noqa: E402
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-FOLDER, RESULTS, SEEDS = HERE.parent / "runs" / "claims", HERE / "results", 5
+FOLDER, RESULTS = HERE.parent / "runs" / "claims", HERE / "results"
 KINDS = dict(zip(("colour", "count", "composition", "location"), dpok.PROMPTS["shapes"])) | {"bias": "four red circles"}
 ALIGNMENT = ["--reward", "shapes/shapes_reward.py:alignment"]
 METHODS = {"KL-O": (dpok, ["--algo", "sft", "--lr", "3e-3"]), "KL-D": (dpok, ["--algo", "sft", "--lr", "3e-3", "--kl_d"]),
@@ -44,12 +44,16 @@ METHODS = {"KL-O": (dpok, ["--algo", "sft", "--lr", "3e-3"]), "KL-D": (dpok, ["-
 BETAS = "0", "0.1", "0.5"
 # run: (script, its prompts, which are one of KINDS or all 16 of shapes/prompts.txt, its other arguments)
 RUNS = {f"{method} {kind}": (script, kind, arguments) for method, (script, arguments) in METHODS.items() for kind in KINDS}
-RUNS |= {"SF count": (ddpo, "count", [*ALIGNMENT, "--epochs", "30", "--algo", "sf"])}
+for name, (kind, reward) in {"count": ("count", ALIGNMENT), "jpeg": ("all", ["--reward", "jpeg"])}.items():  # as many queries and updates
+    RUNS |= {f"SF64 {name}": (ddpo, kind, [*reward, "--epochs", "32", "--buffer_size", "64", "--algo", "sf", "--single_pass"]),
+             f"IS256 {name}": (ddpo, kind, [*reward, "--epochs", "8", "--buffer_size", "256", "--samples_per_epoch", "256"])}
 RUNS |= {f"jpeg beta {beta}": (dpok, "count", ["--reward", "jpeg", "--beta", beta]) for beta in BETAS}
 RUNS |= {f"DDPO {name}": (ddpo, "all", ["--reward", *arguments]) for name, arguments in {
     "jpeg": ["jpeg"], "incompressibility": ["incompressibility", "--epochs", "30"],
     "jpeg kl_weight": ["jpeg", "--kl_weight", "0.3"], "jpeg max_kl": ["jpeg", "--max_kl", "0.06"]}.items()}
-STAGES = {"DDPO jpeg": (10, 20, 30, 40)}  # epochs after which a run is measured besides its last
+SEEDS = {name: 8 if name.startswith(("SF64", "IS256")) else 5 for name in RUNS}
+STUDENT = {5: 2.78, 8: 2.36}  # standard errors from 0 to the end of a 95 % interval
+STAGES = {"DDPO jpeg": (10, 20, 30, 40), "SF64 count": (30,), "SF64 jpeg": (30,)}  # epochs after which a run is measured besides its last
 PROMPTS = {kind: [prompt] for kind, prompt in KINDS.items()} | {"all": dpok.load_prompts("shapes/prompts.txt")}
 # for runs on one prompt: the prompts of shapes/ that no such run trains on and that are no unseen partner of theirs
 OTHER = [p for p in PROMPTS["all"] if p not in KINDS.values() and p not in dpok.UNSEEN.values()]
@@ -114,6 +118,16 @@ def score_pretrained(kind):
     return read(file)
 
 
+def finished(folder, name, config):
+    """Whether the run is there with these settings, wherever the project lay when it was made, and measured after all its stages."""
+    if not (folder / "measured.json").exists():
+        return False
+    script, known = RUNS[name][0], {str(epochs) for epochs in STAGES.get(name, ()) if epochs < config.epochs}
+    made, asked = ({name: Path(value).name if type(value) is str else value for name, value in dataclasses.asdict(c).items() if name != "out"}
+                   for c in (script.Config(**read(folder / "config.json")), config))
+    return made == asked and known <= read(folder / "measured.json").get("stages", {}).keys()
+
+
 def run(folder, name, seed, **more):
     """Train, measure, and write measured.json last. A run without it was stopped, and one of other settings is out of date: both start over. What
     it prints is in <name>-<seed>.txt."""
@@ -121,7 +135,7 @@ def run(folder, name, seed, **more):
     folder, (script, kind, _) = folder / f"{name}-{seed}", RUNS[name]
     with open(f"{folder}.txt", "a", encoding="utf-8") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         config = settings(name, seed=seed, out=folder, **more)
-        if (folder / "measured.json").exists() and read(folder / "config.json") == dataclasses.asdict(config) | {"out": ""}:
+        if finished(folder, name, config):
             return
         shutil.rmtree(folder, ignore_errors=True)
         scores = {"stages": {}}
@@ -132,11 +146,12 @@ def run(folder, name, seed, **more):
     write(folder / "measured.json", scores["stages"][config.epochs] | scores)
 
 
-def load(folder, name, seed):
+def load(folder, name, seed, **more):
     """The scores of a finished run with what its log says of it, or None."""
     folder = folder / f"{name}-{seed}"
-    if not (folder / "measured.json").exists():
-        return None
+    with contextlib.redirect_stdout(None):
+        if not finished(folder, name, settings(name, seed=seed, out=folder, **more)):
+            return None
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
         log = {column: [float(value) for value in values] for column, *values in zip(*csv.reader(file))}
     return read(folder / "measured.json") | {
@@ -146,12 +161,14 @@ def load(folder, name, seed):
 
 
 def run_all(folder, jobs, at_once):
-    """jobs [(run, seed, further settings)]"""
+    """jobs [(run, seed, further settings)]; those that fail are named at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(at_once) as pool:
         try:
-            for job in tqdm(as_completed([pool.submit(run, folder, name, seed, **more) for name, seed, more in jobs]), "runs", len(jobs)):
-                job.result()
+            waiting = {pool.submit(run, folder, name, seed, **more): f"{name}, seed {seed}" for name, seed, more in jobs}
+            for job in tqdm(as_completed(waiting), "runs", len(jobs)):
+                if job.exception():
+                    tqdm.write(f"{waiting[job]} failed: {job.exception()}", file=sys.stderr)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -159,16 +176,21 @@ def run_all(folder, jobs, at_once):
 
 # ---------------------------------------------------------------- verdicts and tables
 
-def spread(values, digits=2):
+def standard_error(values):
+    """Of the mean over seeds, the first dimension; 0 for one value."""
+    return values.std(0, ddof=1) / len(values)**0.5 if len(values) > 1 else 0.0
+
+
+def spread(values):
     """Mean ± standard error over seeds, as text."""
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) / len(values)**0.5:.{digits}f}" if np.isfinite(values).all() else ""
+    return f"{values.mean():.2f} ± {standard_error(values):.2f}" if np.isfinite(values).all() else ""
 
 
 def over_seeds(found, name, where="trained", what="strict", epochs=None):
-    """One number of every seed, (SEEDS,); not a number where a run is not finished."""
+    """One number of every seed; not a number where a run is not finished."""
     seeds = found.get(name, [])
     seeds = [scores["stages"][str(epochs)] if epochs else scores for scores in seeds]
-    return np.array([scores[where][what] for scores in seeds]) if seeds else np.full(SEEDS, np.nan)
+    return np.array([scores[where][what] for scores in seeds]) if seeds else np.array([np.nan])
 
 
 def claims(before, found):
@@ -183,16 +205,22 @@ def claims(before, found):
     yield "a", "DDPO makes JPEGs smaller or larger as it is asked, kB", 0, {
         "smaller": (["DDPO jpeg"], -gain("DDPO jpeg", **size)), "larger": (["DDPO incompressibility"], gain("DDPO incompressibility", **size))}
     yield "a", "DDPO raises alignment, strict accuracy by 0.15 or more", 0.15, {kind: ([f"DDPO {kind}"], gain(f"DDPO {kind}")) for kind in KINDS}
-    yield "b", "DDPO_IS is better than DDPO_SF on as many reward queries, strict accuracy", 0, {"count": versus("DDPO count", "SF count")}
+    yield "b", "DDPO_IS, four updates an epoch, is better than DDPO_SF, one, on as many reward queries", 0, {
+        "count, strict accuracy": (["DDPO count", "SF64 count"], over_seeds(found, "DDPO count") - over_seeds(found, "SF64 count", epochs=30)[:5]),
+        "`jpeg`, kB": (["DDPO jpeg", "SF64 jpeg"],
+                       over_seeds(found, "SF64 jpeg", epochs=30, **size)[:5] - over_seeds(found, "DDPO jpeg", epochs=30, **size))}
+    names, less = ["SF64 jpeg", "IS256 jpeg"], over_seeds(found, "IS256 jpeg", **size) - over_seeds(found, "SF64 jpeg", **size)
+    yield "j", "DDPO_SF with 64 samples an epoch is better than DDPO_IS with 256 on as many queries and updates (no paper's claim)", 0, {
+        "count, strict accuracy": versus("SF64 count", "IS256 count"), "`jpeg`, kB": (names, less)}
     yield "c", "DDPO over-optimises `jpeg`: files shrink on after epoch 20, kB", 0, {"": (["DDPO jpeg"], later)}
-    yield "c", "… while strict accuracy is lost, 0.15 or more", 0.15, {"": (["DDPO jpeg"], -gain("DDPO jpeg"))}
+    yield "c", "… and strict accuracy is lost, in all 0.15 or more", 0.15, {"": (["DDPO jpeg"], -gain("DDPO jpeg"))}
     yield "c", "… and diversity", 0, {"": (["DDPO jpeg"], -gain("DDPO jpeg", what="diversity"))}
     remedies = {"KL penalty": "DDPO jpeg kl_weight", "stopping early": "DDPO jpeg max_kl"}
-    yield "c", "against that: it loses less than 0.1 of strict accuracy (0.1 less the loss)", 0, {
+    yield "c", "With a remedy, DDPO on `jpeg` loses less than 0.1 of strict accuracy (0.1 less the loss)", 0, {
         text: ([name], 0.1 + gain(name)) for text, name in remedies.items()}
     yield "c", "… and files still shrink, kB", 0, {text: ([name], -gain(name, **size)) for text, name in remedies.items()}
     yield "d, g", "DPOK raises strict accuracy by 0.15 or more", 0.15, {kind: ([f"RL {kind}"], gain(f"RL {kind}")) for kind in KINDS}
-    for other, who in {"KL-O": "supervised training, KL-O,", "KL-D": "supervised training, KL-D,", "DDPO": "DDPO (which neither paper claims)"}.items():
+    for other, who in {"KL-O": "supervised training, KL-O,", "KL-D": "supervised training, KL-D,", "DDPO": "DDPO (no claim of DPOK's)"}.items():
         yield "d", f"DPOK is better than {who} on as many reward queries, strict accuracy", 0, {
             kind: versus(f"RL {kind}", f"{other} {kind}") for kind in KINDS}
     yield "h", "DPOK raises prompts never trained on, their unseen partners, strict accuracy", 0, {
@@ -206,10 +234,10 @@ def claims(before, found):
 
 
 def verdict(effect, least):
-    """The mean is large enough, and above 0 by 2.78 standard errors (Student's t, five seeds, 95 %)."""
+    """The mean is large enough, and its 95 % interval lies above 0."""
     if not np.isfinite(effect).all():
         return "not run"
-    return "holds" if effect.mean() >= least and effect.mean() > 2.78 * effect.std(ddof=1) / len(effect)**0.5 else "**does not hold**"
+    return "holds" if effect.mean() >= least and effect.mean() > STUDENT[len(effect)] * standard_error(effect) else "**does not hold**"
 
 
 def tables(before, found):
@@ -236,7 +264,7 @@ def tables(before, found):
     for beta in BETAS:
         yield f"| `--beta {beta}` | " + " | ".join(spread(over_seeds(found, f"jpeg beta {beta}", *column)) for column in columns) + " |"
 
-    yield "\n| runs | command, with `--seed` 0 to 4 | reward queries | updates | minutes on one core |\n|---|---|---|---|---|"
+    yield "\n| runs | command, with `--device cpu --precision fp32 --seed` 0 to 4 (SF64, IS256: 7) | reward queries | updates | minutes on one core |\n|---|---|---|---|---|"
     for runs in dict.fromkeys(map(group, RUNS)):
         names = [name for name in RUNS if group(name) == runs]
         finished = [scores for name in names for scores in found.get(name, [])]
@@ -254,7 +282,7 @@ def curve(axis, found, name, label, x="reward_queries", y="reward_mean"):
     logs = [scores["log"] for scores in found.get(name, [])]
     if logs:
         values = np.array([log[y] for log in logs])
-        mean, error = values.mean(0), values.std(0, ddof=1) / len(values)**0.5
+        mean, error = values.mean(0), standard_error(values)
         axis.plot(logs[0][x], mean, label=label)
         axis.fill_between(logs[0][x], mean - error, mean + error, alpha=0.3)
 
@@ -264,21 +292,21 @@ def draw_figures(before, found):
     for axis, (title, label, runs) in zip(axes, [
             ("DDPO on the JPEG size", "reward, kB", {"DDPO jpeg": "jpeg", "DDPO jpeg kl_weight": "jpeg, KL penalty"}),
             ("DDPO on its opposite", "reward, kB", {"DDPO incompressibility": "incompressibility"}),
-            ("alignment of \"two red squares\"", "reward", {"DDPO count": "DDPO_IS", "SF count": "DDPO_SF", "RL count": "DPOK"})]):
+            ("alignment of \"two red squares\"", "reward", {"DDPO count": "DDPO_IS", "SF64 count": "DDPO_SF", "RL count": "DPOK"})]):
         for name, text in runs.items():
             curve(axis, found, name, text)
         axis.set(title=title, xlabel="reward queries", ylabel=label)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.savefig(RESULTS / "curves.png", dpi=100)
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
     for axis, what in zip(axes, ("strict", "alignment")):
         for i, method in enumerate(("pre-trained", *METHODS)):
-            values = [over_seeds(found, f"{method} {kind}", what=what) if i else np.array(before[kind]["trained"][what]) for kind in KINDS]
-            axis.bar(np.arange(len(KINDS)) + i * 0.16, [v.mean() for v in values], 0.15, label=method,
-                     yerr=[v.std(ddof=1) / SEEDS**0.5 for v in values] if i else None)
+            values = [over_seeds(found, f"{method} {kind}", what=what) if i else np.array([before[kind]["trained"][what]]) for kind in KINDS]
+            axis.bar(np.arange(len(KINDS)) + i * 0.16, [v.mean() for v in values], 0.15, yerr=[standard_error(v) for v in values], label=method)
         axis.set(title=f"{what}, {'judged by' if what == 'strict' else 'rewarded'}", xticks=np.arange(len(KINDS)) + 0.32, xticklabels=KINDS)
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
     figure.savefig(RESULTS / "methods.png", dpi=100)
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
@@ -289,7 +317,7 @@ def draw_figures(before, found):
             axes[1].plot(-scores["trained"]["size"], scores["other"]["strict"], "o", color=f"C{BETAS.index(beta)}", markeredgecolor="black")
         axes[0].plot([], [], "o", color=f"C{BETAS.index(beta)}", label=f"β {beta}")
     axes[1].plot(-before["count"]["trained"]["size"], before["count"]["other"]["strict"], "*", color="black", markersize=12)
-    axes[0].set(title="rounds of all seeds, ringed: the last", xlabel="KL to the pre-trained model, a step", ylabel="reward, −kB", xscale="log")
+    axes[0].set(title="rounds of all seeds; ringed: the end, as measured", xlabel="KL to the pre-trained model, a step", ylabel="reward, −kB", xscale="log")
     axes[1].set(title="what it costs; star: pre-trained", xlabel="reward, −kB", ylabel="strict, other prompts")
     axes[0].legend()
     figure.savefig(RESULTS / "frontier.png", dpi=100)
@@ -315,7 +343,7 @@ def quick(jobs):
     run_all(folder, [(name, 0, {"epochs": epochs}) for name, epochs in QUICK.items()], jobs)
     print("one seed, short runs: trends, no verdicts\n\n| run | epochs | size, kB | strict | minutes |\n|---|---|---|---|---|")
     for name, epochs in QUICK.items():
-        scores, kind = load(folder, name, 0), RUNS[name][1]
+        scores, kind = load(folder, name, 0, epochs=epochs), RUNS[name][1]
         start = score_pretrained(kind)["trained"]
         pairs = " | ".join(f"{start[what]:.2f} → {scores['trained'][what]:.2f}" for what in ("size", "strict"))
         print(f"| {name} | {epochs} | {pairs} | {scores['minutes']:.1f} |")
@@ -330,24 +358,29 @@ def main():
     FOLDER.mkdir(parents=True, exist_ok=True)
     if options.quick:
         return quick(options.jobs)
-    run_all(FOLDER, [(name, seed, {}) for seed in range(SEEDS) for name in RUNS if options.only in name], options.jobs)
+    jobs = [(name, seed, {}) for seed in range(8) for name in RUNS if options.only in name and seed < SEEDS[name]]
+    if not jobs:
+        parser.error(f"only {options.only!r} is in the name of no run; the runs are {', '.join(RUNS)}")
+    run_all(FOLDER, jobs, options.jobs)
     before = {kind: score_pretrained(kind) for kind in PROMPTS}
-    found = {name: [load(FOLDER, name, seed) for seed in range(SEEDS)] for name in RUNS}
+    found = {name: [load(FOLDER, name, seed) for seed in range(SEEDS[name])] for name in RUNS}
     found = {name: scores for name, scores in found.items() if all(scores)}
     lines = list(tables(before, found))
     print("\n".join(lines))
     RESULTS.mkdir(exist_ok=True)
     write(RESULTS / "claims.json", {"pre-trained": before, "runs": found, "tables": lines})
     draw_figures(before, found)
-    if len(found) == len(RUNS):
-        prompts = list(KINDS.values())
-        draw_images("dpok-methods.png", "rows: pre-trained, supervised (KL-O), RL; 1 is strictly right",
-                    [[None] * 5, [f"KL-O {kind}" for kind in KINDS], [f"RL {kind}" for kind in KINDS]], prompts, 2)
-        draw_images("dpok-beta.png", f"reward jpeg on one prompt, images of others; rows: pre-trained, {', '.join(f'beta {beta}' for beta in BETAS)}",
-                    [[None] * 5, *([f"jpeg beta {beta}"] * 5 for beta in BETAS)], OTHER[::2][:5], 2)
-        for name, run_picture in {"ddpo-jpeg": "DDPO jpeg-0/progress", "ddpo-alignment": "DDPO count-0/comparison",
-                                  "ddpo-jpeg-kl": "DDPO jpeg kl_weight-0/comparison", "dpok-bias": "RL bias-0/progress"}.items():
-            shutil.copy(FOLDER / f"{run_picture}.png", RESULTS / f"{name}.png")
+    methods, betas = [f"{method} {kind}" for method in ("KL-O", "RL") for kind in KINDS], [beta for beta in BETAS if f"jpeg beta {beta}" in found]
+    if set(methods) <= found.keys():
+        draw_images("dpok-methods.png", "rows: pre-trained, supervised (KL-O), RL; 1 is strictly right", [[None] * 5, methods[:5], methods[5:]],
+                    list(KINDS.values()), 2)
+    if betas:
+        draw_images("dpok-beta.png", f"reward jpeg on one prompt, images of others; rows: pre-trained, {', '.join(f'beta {beta}' for beta in betas)}",
+                    [[None] * 5, *([f"jpeg beta {beta}"] * 5 for beta in betas)], OTHER[::2][:5], 2)
+    for name, (run, picture) in {"ddpo-jpeg": ("DDPO jpeg", "progress"), "ddpo-alignment": ("DDPO count", "comparison"),
+                                 "ddpo-jpeg-kl": ("DDPO jpeg kl_weight", "comparison"), "dpok-bias": ("RL bias", "progress")}.items():
+        if run in found:
+            shutil.copy(FOLDER / f"{run}-0" / f"{picture}.png", RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,262 @@
+"""What an epoch of ddpo.py costs, as ratios of measurements taken side by side in one run: against the calls of UNet and VAE that it cannot do
+without, in one pass against two, with more samples, steps and rows, and against TRL's trainer.
+
+    python experiments/bench.py --size shapes      the model in shapes/, its settings
+    python experiments/bench.py --size medium      22 million parameters, latents of 32 x 32
+    python experiments/bench.py --size sd          a UNet and a VAE of Stable Diffusion's size, random weights: for a GPU, or 20 GB and patience
+    python experiments/bench.py --size medium --peer ENVIRONMENT/bin/python      TRL's too, where experiments/requirements-peer.txt is installed
+
+On a CPU a cost is CPU seconds of one thread, which other work on the machine disturbs least; on a GPU it is seconds. Each is a median over
+epochs, and ours and the bare calls take turns. The results are in experiments/results/bench-<size>-<device>-<precision>.json.
+"""
+import argparse
+import dataclasses
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import ddpo  # noqa: E402
+
+RESULTS, MODELS = HERE / "results", HERE.parent / "runs" / "bench"
+UNETS = {"medium": {"sample_size": 32, "block_out_channels": (96, 192, 320), "layers_per_block": 1, "cross_attention_dim": 96,
+                    "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",), "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2},
+         "sd": {"sample_size": 64, "cross_attention_dim": 768}}  # the rest are the class's defaults, Stable Diffusion's
+VAES = {"medium": {"block_out_channels": (32, 64), "norm_num_groups": 8}, "sd": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}}
+SETTINGS = {"shapes": {"prompts": "shapes/prompts.txt", "samples_per_epoch": 64, "steps": 10, "batch": 64, "guidance": 2.0},
+            "medium": {"samples_per_epoch": 4, "steps": 5, "batch": 2},
+            "sd": {"samples_per_epoch": 2, "steps": 2, "batch": 1}}
+ON_GPU = {"samples_per_epoch": 16, "steps": 10, "batch": 8, "updates_per_epoch": 2}  # of the size sd
+
+
+def make_model(size):
+    """A folder with a pipeline of that size, random weights and the text parts of shapes/ at the width that the UNet needs."""
+    folder, shapes = MODELS / size, HERE.parent / "shapes"
+    if size == "shapes":
+        return shapes
+    if not (folder / "model_index.json").exists():
+        torch.manual_seed(0)
+        unet = diffusers.UNet2DConditionModel(**UNETS[size])
+        levels = len(VAES[size]["block_out_channels"])
+        vae = diffusers.AutoencoderKL(latent_channels=4, down_block_types=("DownEncoderBlock2D",) * levels,
+                                      up_block_types=("UpDecoderBlock2D",) * levels, **VAES[size])
+        text = transformers.CLIPTextConfig.from_pretrained(shapes / "text_encoder")
+        text.hidden_size = UNETS[size]["cross_attention_dim"]
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(shapes / "tokenizer")
+        scheduler = diffusers.DDIMScheduler.from_pretrained(shapes / "scheduler", set_alpha_to_one=False, steps_offset=1, clip_sample=False)
+        diffusers.StableDiffusionPipeline(vae, transformers.CLIPTextModel(text), tokenizer, unet, scheduler, None, None,
+                                          requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def clock(device):
+    """CPU seconds of this process, or seconds once the GPU is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def timed(function, spent, name, device):
+    def run(*args, **kwargs):
+        started = clock(device)
+        result = function(*args, **kwargs)
+        spent[name] = spent.get(name, 0) + clock(device) - started
+        return result
+    return run
+
+
+class Bare:
+    """The calls of UNet and VAE that an epoch cannot do without, and nothing else: sampling, decoding, a forward and a backward pass of each
+    row, and the two forward passes of a row a sample for the KL that is logged. With --single_pass the sampling passes are those of the gradient."""
+
+    def __init__(self, pipe, config):
+        unet, vae, self.pipe, self.config = pipe.unet, pipe.vae, pipe, config
+        rows, size = config.batch * (1 if config.guidance == 1 else 2), unet.config.sample_size
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(rows, 4, size, size, generator=generator).to(pipe.device, unet.dtype)
+        self.t, self.cond = torch.full((rows,), 500, device=pipe.device), ddpo.encode(pipe, ["a red circle"] * rows).to(unet.dtype)
+        self.latent = self.x[:config.batch].to(vae.dtype)
+
+    def forward(self):
+        return self.pipe.unet(self.x, self.t, encoder_hidden_states=self.cond).sample
+
+    def epoch(self):
+        calls, steps = self.config.samples_per_epoch // self.config.batch, self.config.steps
+        for _ in range(calls):
+            with torch.no_grad():
+                for _ in range(0 if self.config.single_pass else steps):
+                    self.forward()
+                self.pipe.vae.decode(self.latent)
+                for _ in range(2):
+                    self.forward()
+            for _ in range(steps):
+                self.forward().float().sum().backward()
+        self.pipe.unet.zero_grad(set_to_none=True)
+
+
+def measure(config, epochs, bare=False, warm=0):
+    """Train, without pictures; after each epoch, but for those that warm up, do its bare calls if asked
+    -> [{"epoch": cost, "sampling": cost, ..., "bare": cost}]."""
+    spent, found, pipes, device = {}, [], [], config.device
+    names = {"sample": "sampling", "descend": "updates", "mean_kl": "kl"}
+    originals = {name: getattr(ddpo, name) for name in (*names, "load_pipeline", "log_epoch", "show_samples", "draw_summary", "start_run")}
+    load_reward = ddpo.rewards.load
+
+    def load_pipeline(config):
+        pipes.append(originals["load_pipeline"](config))
+        return pipes[0]
+
+    def log_epoch(folder, row, writer):  # called at the end of each epoch
+        cost = clock(device) - spent.pop("started")
+        if row["epoch"] > warm:
+            found.append({"epoch": cost, **spent, "bare": 0.0})
+            if bare:
+                timed(Bare(pipes[0], config).epoch, found[-1], "bare", device)()
+        spent.clear()
+        spent["started"] = clock(device)
+
+    def start_run(*args):  # called before the first
+        run = originals["start_run"](*args)
+        spent.clear()
+        spent["started"] = clock(device)
+        return run
+
+    try:
+        for name, part in names.items():
+            setattr(ddpo, name, timed(originals[name], spent, part, device))
+        ddpo.load_pipeline, ddpo.log_epoch, ddpo.start_run = load_pipeline, log_epoch, start_run
+        ddpo.show_samples = ddpo.draw_summary = lambda *args: None
+        ddpo.rewards.load = lambda *args, **options: timed(load_reward(*args, **options), spent, "reward", device)
+        folder = MODELS / f"run-{time.time_ns()}"
+        ddpo.train(dataclasses.replace(config, epochs=warm + epochs, save_every=warm + epochs, out=str(folder)))
+    finally:
+        ddpo.rewards.load = load_reward
+        for name, function in originals.items():
+            setattr(ddpo, name, function)
+    return found
+
+
+def median(found, name):
+    return statistics.median(epoch[name] for epoch in found)
+
+
+def memory(device):
+    """The most that was taken, GB: on the GPU, or by this process."""
+    return torch.cuda.max_memory_allocated() / 1e9 if device.startswith("cuda") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def train_trl(config, epochs):
+    """The same work by TRL's DDPOTrainer: samples, steps, rows a call, updates, guidance, rank -> CPU seconds of each epoch but the first."""
+    from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+    calls, updates = config.samples_per_epoch // config.batch, config.updates_per_epoch
+    settings = DDPOConfig(
+        num_epochs=epochs + 1, save_freq=epochs + 9, mixed_precision="no", allow_tf32=False, sample_num_steps=config.steps,
+        sample_guidance_scale=config.guidance, sample_batch_size=config.batch, sample_num_batches_per_epoch=calls, train_batch_size=config.batch,
+        train_gradient_accumulation_steps=calls // updates, per_prompt_stat_tracking=True, accelerator_kwargs={"cpu": True},
+        project_kwargs={"project_dir": str(MODELS)})
+    pipeline = DefaultDDPOStableDiffusionPipeline(config.model)
+    pipeline.sd_pipeline.set_progress_bar_config(disable=True)
+    prompts, reward, marks = ddpo.load_prompts(config.prompts), ddpo.rewards.load("jpeg"), []
+
+    def reward_fn(images, texts, metadata):
+        images = pipeline.sd_pipeline.image_processor.numpy_to_pil(images.permute(0, 2, 3, 1).float().numpy())
+        return reward(images, list(texts)), {}
+
+    trainer = DDPOTrainer(settings, reward_fn, lambda: (prompts[len(marks) % len(prompts)], {}), pipeline)
+    step = 0
+    for epoch in range(epochs + 1):
+        started = time.process_time()
+        step = trainer.step(epoch, step)
+        marks.append(time.process_time() - started)
+    return marks[1:]
+
+
+def in_child(python, what, config, epochs):
+    """A measurement in a process of its own, so that its peak of memory is its own -> what `child` printed."""
+    command = [python, __file__, "--child", json.dumps([what, dataclasses.asdict(config), epochs])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:2])} {what} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(what, settings, epochs):
+    torch.set_num_threads(1)
+    config = ddpo.Config(**settings)
+    epochs = train_trl(config, epochs) if what == "trl" else [epoch["epoch"] for epoch in measure(config, epochs, warm=1)]
+    print(json.dumps({"epochs": epochs, "memory_gb": memory(config.device)}))
+
+
+def bench(config, options):
+    """-> the table's rows: (what, cost, its ratio to something, of what)."""
+    found = measure(config, options.epochs, bare=True, warm=1)
+    epoch, bare = median(found, "epoch"), median(found, "bare")
+    yield "an epoch, DDPO_IS", epoch, statistics.median(e["epoch"] / e["bare"] for e in found), "the bare calls"
+    for part in ("sampling", "reward", "updates", "kl"):
+        yield f"  {part}", median(found, part), median(found, part) / epoch, "the epoch"
+    yield "the bare calls of UNet and VAE", bare, 1.0, "the bare calls"
+
+    sf = dataclasses.replace(config, algo="sf", updates_per_epoch=1)
+    turns = [(measure(sf, 1), measure(dataclasses.replace(sf, single_pass=True), 1)) for _ in range(options.epochs)]
+    yield "an epoch, DDPO_SF", statistics.median(two[0]["epoch"] for two, _ in turns), 1.0, "DDPO_SF in two passes"
+    yield ("an epoch, DDPO_SF, --single_pass", statistics.median(one[0]["epoch"] for _, one in turns),
+           statistics.median(one[0]["epoch"] / two[0]["epoch"] for two, one in turns), "DDPO_SF in two passes")
+    for name in ("samples_per_epoch", "steps", "batch") if options.growth else ():
+        changes = {name: 2 * getattr(config, name)} if name != "batch" else {name: max(config.batch // 2, 1)}
+        cost = median(measure(dataclasses.replace(config, **changes), options.epochs), "epoch")
+        yield f"an epoch with {name} {changes[name]}", cost, cost / epoch, "an epoch, DDPO_IS"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SETTINGS, default="shapes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--growth", action="store_true", help="also with twice the samples, twice the steps, half the rows")
+    parser.add_argument("--epochs", type=int, default=5, help="over which a median is taken")
+    parser.add_argument("--peer", metavar="PYTHON", help="of the environment that has TRL")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return child(*json.loads(options.child))
+    torch.set_num_threads(1)
+    MODELS.mkdir(parents=True, exist_ok=True)
+    settings = SETTINGS[options.size] | (ON_GPU if options.size == "sd" and options.device.startswith("cuda") else {})
+    settings = {"updates_per_epoch": min(4, settings["samples_per_epoch"] // settings["batch"])} | settings
+    config = ddpo.Config(model=str(make_model(options.size)), device=options.device, precision=options.precision, compile=options.compile,
+                         reward="jpeg", **settings)
+    rows = list(bench(config, options))
+    unit = "s" if options.device.startswith("cuda") else "CPU s"
+    peak = {"ours": in_child(sys.executable, "ours", config, 1)["memory_gb"]}
+    if options.peer:
+        turns = [[in_child(python, what, config, 2) for python, what in ((sys.executable, "ours"), (options.peer, "trl"))] for _ in range(options.epochs)]
+        ours, theirs = zip(*turns)
+        ratio = statistics.median(statistics.median(a["epochs"]) / statistics.median(b["epochs"]) for a, b in turns)
+        rows += [("an epoch, TRL 0.23.1", statistics.median(s for b in theirs for s in b["epochs"]), 1.0, "TRL's epoch"),
+                 ("an epoch of ours, DDPO_IS", statistics.median(s for a in ours for s in a["epochs"]), ratio, "TRL's epoch")]
+        peak = {"ours": statistics.median(a["memory_gb"] for a in ours), "TRL": statistics.median(b["memory_gb"] for b in theirs)}
+    print(f"| {options.size}, {options.precision} | {unit} | ratio | to |\n|---|---|---|---|")
+    for what, cost, ratio, to in rows:
+        print(f"| {what.strip()} | {cost:.3g} | {ratio:.2f} | {to} |")
+    print("peak memory, GB: " + ", ".join(f"{who} {gb:.2f}" for who, gb in peak.items()))
+    machine = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"one thread of {platform.processor() or platform.machine()}"
+    result = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv[1:]), "unit": unit,
+              "settings": settings, "rows": rows, "peak_memory_gb": peak}
+    file = RESULTS / f"bench-{options.size}-{options.device.split(':')[0]}-{options.precision}{'-compile' * options.compile}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,16 +7,17 @@ without, in one pass against two, with more samples, steps and rows, and against
     python experiments/bench.py --size medium --peer ENVIRONMENT/bin/python      TRL's too, where experiments/requirements-peer.txt is installed
 
 On a CPU a cost is CPU seconds of one thread, which other work on the machine disturbs least; on a GPU it is seconds. Each is a median over
-epochs, and ours and the bare calls take turns. The results are in experiments/results/bench-<size>-<device>-<precision>.json.
+epochs, and what is compared takes turns. The peak of memory is that of a process that does nothing else (on a CPU with all it has imported).
+The results are in experiments/results/bench-<size>-<device>-<precision>.json.
 """
 import argparse
 import dataclasses
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -33,14 +34,15 @@ UNETS = {"medium": {"sample_size": 32, "block_out_channels": (96, 192, 320), "la
                     "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",), "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2},
          "sd": {"sample_size": 64, "cross_attention_dim": 768}}  # the rest are the class's defaults, Stable Diffusion's
 VAES = {"medium": {"block_out_channels": (32, 64), "norm_num_groups": 8}, "sd": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}}
-SETTINGS = {"shapes": {"prompts": "shapes/prompts.txt", "samples_per_epoch": 64, "steps": 10, "batch": 64, "guidance": 2.0},
-            "medium": {"samples_per_epoch": 4, "steps": 5, "batch": 2},
-            "sd": {"samples_per_epoch": 2, "steps": 2, "batch": 1}}
+SETTINGS = {"shapes": {"prompts": "shapes/prompts.txt", "samples_per_epoch": 64, "steps": 10, "batch": 64, "guidance": 2.0, "updates_per_epoch": 4},
+            "medium": {"samples_per_epoch": 4, "steps": 5, "batch": 2, "updates_per_epoch": 2},
+            "sd": {"samples_per_epoch": 2, "steps": 2, "batch": 1, "updates_per_epoch": 2}}
 ON_GPU = {"samples_per_epoch": 16, "steps": 10, "batch": 8, "updates_per_epoch": 2}  # of the size sd
 
 
 def make_model(size):
-    """A folder with a pipeline of that size, random weights and the text parts of shapes/ at the width that the UNet needs."""
+    """A folder with a pipeline of that size: random weights, and text parts like those of shapes/, of the UNet's width and as many tokens as
+    Stable Diffusion's."""
     folder, shapes = MODELS / size, HERE.parent / "shapes"
     if size == "shapes":
         return shapes
@@ -51,8 +53,8 @@ def make_model(size):
         vae = diffusers.AutoencoderKL(latent_channels=4, down_block_types=("DownEncoderBlock2D",) * levels,
                                       up_block_types=("UpDecoderBlock2D",) * levels, **VAES[size])
         text = transformers.CLIPTextConfig.from_pretrained(shapes / "text_encoder")
-        text.hidden_size = UNETS[size]["cross_attention_dim"]
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(shapes / "tokenizer")
+        text.hidden_size, text.max_position_embeddings = UNETS[size]["cross_attention_dim"], 77
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(shapes / "tokenizer", model_max_length=77)
         scheduler = diffusers.DDIMScheduler.from_pretrained(shapes / "scheduler", set_alpha_to_one=False, steps_offset=1, clip_sample=False)
         diffusers.StableDiffusionPipeline(vae, transformers.CLIPTextModel(text), tokenizer, unet, scheduler, None, None,
                                           requires_safety_checker=False).save_pretrained(folder)
@@ -62,7 +64,7 @@ def make_model(size):
 def clock(device):
     """CPU seconds of this process, or seconds once the GPU is done."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         return time.perf_counter()
     return time.process_time()
 
@@ -77,32 +79,36 @@ def timed(function, spent, name, device):
 
 
 class Bare:
-    """The calls of UNet and VAE that an epoch cannot do without, and nothing else: sampling, decoding, a forward and a backward pass of each
-    row, and the two forward passes of a row a sample for the KL that is logged. With --single_pass the sampling passes are those of the gradient."""
+    """The calls of UNet (LoRA in it) and VAE that an epoch in two passes cannot do without, and nothing else: sampling, decoding, a forward and a
+    backward pass of each row, and, for the KL that is logged, two forward passes of one row a sample."""
 
     def __init__(self, pipe, config):
-        unet, vae, self.pipe, self.config = pipe.unet, pipe.vae, pipe, config
-        rows, size = config.batch * (1 if config.guidance == 1 else 2), unet.config.sample_size
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(rows, 4, size, size, generator=generator).to(pipe.device, unet.dtype)
-        self.t, self.cond = torch.full((rows,), 500, device=pipe.device), ddpo.encode(pipe, ["a red circle"] * rows).to(unet.dtype)
-        self.latent = self.x[:config.batch].to(vae.dtype)
+        self.pipe, self.config, self.halves = pipe, config, 1 if config.guidance == 1 else 2
+        size, generator = pipe.unet.config.sample_size, torch.Generator().manual_seed(0)
+        self.x = torch.randn(self.halves * config.batch, 4, size, size, generator=generator).to(pipe.device, pipe.unet.dtype)
+        self.t = torch.full((len(self.x),), 500, device=pipe.device)
+        self.cond = ddpo.encode(pipe, ["a red circle"] * len(self.x)).to(pipe.unet.dtype)
 
-    def forward(self):
-        return self.pipe.unet(self.x, self.t, encoder_hidden_states=self.cond).sample
+    def forward(self, rows):
+        rows = rows * self.halves
+        return self.pipe.unet(self.x[:rows], self.t[:rows], encoder_hidden_states=self.cond[:rows]).sample
+
+    @torch.no_grad()
+    def sampling(self, steps):
+        for _ in range(self.config.samples_per_epoch // self.config.batch):
+            for _ in range(steps):
+                self.forward(self.config.batch)
+            self.pipe.vae.decode(self.x[:self.config.batch].to(self.pipe.vae.dtype))
+            self.forward(self.config.batch)
+            with ddpo.pretrained(self.pipe.unet):
+                self.forward(self.config.batch)
 
     def epoch(self):
-        calls, steps = self.config.samples_per_epoch // self.config.batch, self.config.steps
-        for _ in range(calls):
-            with torch.no_grad():
-                for _ in range(0 if self.config.single_pass else steps):
-                    self.forward()
-                self.pipe.vae.decode(self.latent)
-                for _ in range(2):
-                    self.forward()
-            for _ in range(steps):
-                self.forward().float().sum().backward()
-        self.pipe.unet.zero_grad(set_to_none=True)
+        self.sampling(self.config.steps)
+        for samples in torch.arange(self.config.samples_per_epoch).chunk(self.config.updates_per_epoch):
+            for rows in torch.arange(len(samples) * self.config.steps).split(self.config.batch):
+                self.forward(len(rows)).float().sum().backward()
+            self.pipe.unet.zero_grad(set_to_none=True)
 
 
 def measure(config, epochs, bare=False, warm=0):
@@ -138,8 +144,8 @@ def measure(config, epochs, bare=False, warm=0):
         ddpo.load_pipeline, ddpo.log_epoch, ddpo.start_run = load_pipeline, log_epoch, start_run
         ddpo.show_samples = ddpo.draw_summary = lambda *args: None
         ddpo.rewards.load = lambda *args, **options: timed(load_reward(*args, **options), spent, "reward", device)
-        folder = MODELS / f"run-{time.time_ns()}"
-        ddpo.train(dataclasses.replace(config, epochs=warm + epochs, save_every=warm + epochs, out=str(folder)))
+        with tempfile.TemporaryDirectory() as folder:
+            ddpo.train(dataclasses.replace(config, epochs=warm + epochs, save_every=warm + epochs, out=folder))
     finally:
         ddpo.rewards.load = load_reward
         for name, function in originals.items():
@@ -151,13 +157,9 @@ def median(found, name):
     return statistics.median(epoch[name] for epoch in found)
 
 
-def memory(device):
-    """The most that was taken, GB: on the GPU, or by this process."""
-    return torch.cuda.max_memory_allocated() / 1e9 if device.startswith("cuda") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 def train_trl(config, epochs):
-    """The same work by TRL's DDPOTrainer: samples, steps, rows a call, updates, guidance, rank -> CPU seconds of each epoch but the first."""
+    """The same work by TRL's DDPOTrainer: samples, steps, rows a call, updates, guidance, rank, but for the KL, which it does not log
+    -> CPU seconds of each epoch but the first."""
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
     calls, updates = config.samples_per_epoch // config.batch, config.updates_per_epoch
     settings = DDPOConfig(
@@ -166,15 +168,14 @@ def train_trl(config, epochs):
         train_gradient_accumulation_steps=calls // updates, per_prompt_stat_tracking=True, accelerator_kwargs={"cpu": True},
         project_kwargs={"project_dir": str(MODELS)})
     pipeline = DefaultDDPOStableDiffusionPipeline(config.model)
-    pipeline.sd_pipeline.set_progress_bar_config(disable=True)
     prompts, reward, marks = ddpo.load_prompts(config.prompts), ddpo.rewards.load("jpeg"), []
 
     def reward_fn(images, texts, metadata):
         images = pipeline.sd_pipeline.image_processor.numpy_to_pil(images.permute(0, 2, 3, 1).float().numpy())
         return reward(images, list(texts)), {}
 
-    trainer = DDPOTrainer(settings, reward_fn, lambda: (prompts[len(marks) % len(prompts)], {}), pipeline)
-    step = 0
+    trainer, step = DDPOTrainer(settings, reward_fn, lambda: (prompts[len(marks) % len(prompts)], {}), pipeline), 0
+    pipeline.sd_pipeline.set_progress_bar_config(disable=True)
     for epoch in range(epochs + 1):
         started = time.process_time()
         step = trainer.step(epoch, step)
@@ -187,35 +188,47 @@ def in_child(python, what, config, epochs):
     command = [python, __file__, "--child", json.dumps([what, dataclasses.asdict(config), epochs])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[:2])} {what} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(f"{python}, {what}: exit status {done.returncode}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def child(what, settings, epochs):
     torch.set_num_threads(1)
     config = ddpo.Config(**settings)
-    epochs = train_trl(config, epochs) if what == "trl" else [epoch["epoch"] for epoch in measure(config, epochs, warm=1)]
-    print(json.dumps({"epochs": epochs, "memory_gb": memory(config.device)}))
+    found = [{"epoch": cost} for cost in train_trl(config, epochs)] if what == "trl" else measure(config, epochs, warm=1)
+    print(json.dumps({"epochs": found, "memory_gb": ddpo.peak_memory(config.device),
+                      "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}}))
 
 
 def bench(config, options):
     """-> the table's rows: (what, cost, its ratio to something, of what)."""
     found = measure(config, options.epochs, bare=True, warm=1)
-    epoch, bare = median(found, "epoch"), median(found, "bare")
+    epoch = median(found, "epoch")
     yield "an epoch, DDPO_IS", epoch, statistics.median(e["epoch"] / e["bare"] for e in found), "the bare calls"
     for part in ("sampling", "reward", "updates", "kl"):
-        yield f"  {part}", median(found, part), median(found, part) / epoch, "the epoch"
-    yield "the bare calls of UNet and VAE", bare, 1.0, "the bare calls"
+        yield f"of it {part}", median(found, part), median(found, part) / epoch, "the epoch"
+    yield "the bare calls of UNet and VAE", median(found, "bare"), 1.0, "the bare calls"
 
-    sf = dataclasses.replace(config, algo="sf", updates_per_epoch=1)
-    turns = [(measure(sf, 1), measure(dataclasses.replace(sf, single_pass=True), 1)) for _ in range(options.epochs)]
-    yield "an epoch, DDPO_SF", statistics.median(two[0]["epoch"] for two, _ in turns), 1.0, "DDPO_SF in two passes"
-    yield ("an epoch, DDPO_SF, --single_pass", statistics.median(one[0]["epoch"] for _, one in turns),
-           statistics.median(one[0]["epoch"] / two[0]["epoch"] for two, one in turns), "DDPO_SF in two passes")
+    two = dataclasses.replace(config, algo="sf", updates_per_epoch=1)
+    one = dataclasses.replace(two, single_pass=True)
+    turns = [(measure(two, 1, warm=i == 0)[0]["epoch"], measure(one, 1, warm=i == 0)[0]["epoch"]) for i in range(options.epochs)]
+    yield "an epoch, DDPO_SF", statistics.median(a for a, _ in turns), 1.0, "DDPO_SF in two passes"
+    yield "an epoch, DDPO_SF, --single_pass", statistics.median(b for _, b in turns), statistics.median(b / a for a, b in turns), "DDPO_SF in two passes"
     for name in ("samples_per_epoch", "steps", "batch") if options.growth else ():
-        changes = {name: 2 * getattr(config, name)} if name != "batch" else {name: max(config.batch // 2, 1)}
-        cost = median(measure(dataclasses.replace(config, **changes), options.epochs), "epoch")
-        yield f"an epoch with {name} {changes[name]}", cost, cost / epoch, "an epoch, DDPO_IS"
+        value = max(config.batch // 2, 1) if name == "batch" else 2 * getattr(config, name)
+        cost = median(measure(dataclasses.replace(config, **{name: value}), options.epochs), "epoch")
+        yield f"an epoch, {name} {value}, not {getattr(config, name)}", cost, cost / epoch, "an epoch, DDPO_IS"
+
+
+def bench_peer(config, options):
+    """-> rows of the table, memory of both, versions: two epochs each, ours and TRL's taking turns, each in a process of its own."""
+    turns = [[in_child(python, what, config, 2) for python, what in ((sys.executable, "ours"), (options.peer, "trl"))] for _ in range(options.epochs)]
+    costs = [[median(a["epochs"], "epoch"), median(a["epochs"], "epoch") - median(a["epochs"], "kl"), median(b["epochs"], "epoch")] for a, b in turns]
+    rows = [("an epoch, TRL 0.23.1", statistics.median(c[2] for c in costs), 1.0, "TRL's epoch")]
+    rows += [(text, statistics.median(c[i] for c in costs), statistics.median(c[i] / c[2] for c in costs), "TRL's epoch")
+             for i, text in enumerate(("an epoch, DDPO_IS, beside TRL's", "the same without the KL that is logged"))]
+    memory = {who: statistics.median(turn[i]["memory_gb"] for turn in turns) for i, who in enumerate(("ours beside TRL", "TRL"))}
+    return rows, memory, {who: turns[0][i]["versions"] for i, who in enumerate(("ours", "TRL"))}
 
 
 def main():
@@ -231,32 +244,30 @@ def main():
     options = parser.parse_args()
     if options.child:
         return child(*json.loads(options.child))
+    if options.peer and (options.device, options.precision, options.compile) != ("cpu", "fp32", False):
+        parser.error("peer is measured on a CPU in fp32 alone; leave --device, --precision and --compile out")
     torch.set_num_threads(1)
     MODELS.mkdir(parents=True, exist_ok=True)
     settings = SETTINGS[options.size] | (ON_GPU if options.size == "sd" and options.device.startswith("cuda") else {})
-    settings = {"updates_per_epoch": min(4, settings["samples_per_epoch"] // settings["batch"])} | settings
     config = ddpo.Config(model=str(make_model(options.size)), device=options.device, precision=options.precision, compile=options.compile,
                          reward="jpeg", **settings)
+    one_pass = dataclasses.replace(config, algo="sf", updates_per_epoch=1, single_pass=True)
+    memory, versions = {what: in_child(sys.executable, "ours", c, 1)["memory_gb"] for what, c in (("DDPO_IS", config), ("--single_pass", one_pass))}, {}
     rows = list(bench(config, options))
-    unit = "s" if options.device.startswith("cuda") else "CPU s"
-    peak = {"ours": in_child(sys.executable, "ours", config, 1)["memory_gb"]}
     if options.peer:
-        turns = [[in_child(python, what, config, 2) for python, what in ((sys.executable, "ours"), (options.peer, "trl"))] for _ in range(options.epochs)]
-        ours, theirs = zip(*turns)
-        ratio = statistics.median(statistics.median(a["epochs"]) / statistics.median(b["epochs"]) for a, b in turns)
-        rows += [("an epoch, TRL 0.23.1", statistics.median(s for b in theirs for s in b["epochs"]), 1.0, "TRL's epoch"),
-                 ("an epoch of ours, DDPO_IS", statistics.median(s for a in ours for s in a["epochs"]), ratio, "TRL's epoch")]
-        peak = {"ours": statistics.median(a["memory_gb"] for a in ours), "TRL": statistics.median(b["memory_gb"] for b in theirs)}
+        peer_rows, peer_memory, versions = bench_peer(config, options)
+        rows, memory = rows + peer_rows, memory | peer_memory
+    unit = "s" if options.device.startswith("cuda") else "CPU s"
     print(f"| {options.size}, {options.precision} | {unit} | ratio | to |\n|---|---|---|---|")
     for what, cost, ratio, to in rows:
-        print(f"| {what.strip()} | {cost:.3g} | {ratio:.2f} | {to} |")
-    print("peak memory, GB: " + ", ".join(f"{who} {gb:.2f}" for who, gb in peak.items()))
-    machine = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"one thread of {platform.processor() or platform.machine()}"
+        print(f"| {what} | {cost:.3g} | {ratio:.2f} | {to} |")
+    print("peak memory, GB: " + ", ".join(f"{who} {gb:.2f}" for who, gb in memory.items()))
+    machine = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else f"one thread of {platform.processor() or 'a CPU'}"
     result = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv[1:]), "unit": unit,
-              "settings": settings, "rows": rows, "peak_memory_gb": peak}
-    file = RESULTS / f"bench-{options.size}-{options.device.split(':')[0]}-{options.precision}{'-compile' * options.compile}.json"
+              "settings": settings, "rows": rows, "peak_memory_gb": memory, "versions": versions}
+    marks = "".join(f"-{name}" for name in ("compile", "growth", "peer") if getattr(options, name))
+    file = RESULTS / f"bench-{options.size}-{options.device.partition(':')[0]}-{options.precision}{marks}.json"
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
 
 if __name__ == "__main__":
     main()

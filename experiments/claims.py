@@ -242,14 +242,21 @@ def verdict(effect, least):
 
 def tables(before, found):
     """before {kind: scores of the pre-trained model}, found {run: scores of each seed} -> the README's tables."""
+    missing = []
     yield "| | claim | effect | on `shapes/` | minutes | runs |\n|---|---|---|---|---|---|"
     for letter, text, least, parts in claims(before, found):
         judged = {label: verdict(effect, least) for label, (_, effect) in parts.items()}
+        if set(judged.values()) == {"not run"}:
+            missing.append(letter)
+            continue
         verdicts = next(iter(judged.values())) if len(set(judged.values())) == 1 else ", ".join(f"{label}: {says}" for label, says in judged.items())
         effects = "; ".join(f"{label} {spread(effect)}".strip() for label, (_, effect) in parts.items() if np.isfinite(effect).all())
         names = list(dict.fromkeys(name for names, _ in parts.values() for name in names))
         minutes = sum(scores["minutes"] for name in names for scores in found.get(name, []))
         yield f"| {letter} | {text} | {effects} | {verdicts} | {minutes:.0f} | {', '.join(dict.fromkeys(group(name) for name in names))} |"
+
+    if missing:
+        yield f"\n{len(missing)} more claims wait for their runs."
 
     yield f"\n| strict accuracy | pre-trained | {' | '.join(METHODS)} | unseen partner, pre-trained | KL-O | RL |\n{'|---' * 9}|"
     for kind, prompt in KINDS.items():

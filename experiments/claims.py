@@ -74,7 +74,8 @@ def group(name):
 def settings(name, **more):
     script = RUNS[name][0]
     more = {"device": "cpu", "precision": "fp32", **({"evaluation_images": 2} if script is dpok else {}), **more}
-    return script.parse([*arguments(name), *(f"--{flag}={value}" for flag, value in more.items())])
+    with contextlib.redirect_stdout(None):
+        return script.parse([*arguments(name), *(f"--{flag}={value}" for flag, value in more.items())])
 
 
 # ---------------------------------------------------------------- the runs, and what they are measured by
@@ -149,9 +150,8 @@ def run(folder, name, seed, **more):
 def load(folder, name, seed, **more):
     """The scores of a finished run with what its log says of it, or None."""
     folder = folder / f"{name}-{seed}"
-    with contextlib.redirect_stdout(None):
-        if not finished(folder, name, settings(name, seed=seed, out=folder, **more)):
-            return None
+    if not finished(folder, name, settings(name, seed=seed, out=folder, **more)):
+        return None
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
         log = {column: [float(value) for value in values] for column, *values in zip(*csv.reader(file))}
     return read(folder / "measured.json") | {
@@ -258,17 +258,20 @@ def tables(before, found):
     if missing:
         yield f"\n{len(missing)} more claims wait for their runs."
 
-    yield f"\n| strict accuracy | pre-trained | {' | '.join(METHODS)} | unseen partner, pre-trained | KL-O | RL |\n{'|---' * 9}|"
+    methods = [method for method in METHODS if any(f"{method} {kind}" in found for kind in KINDS)]
+    yield (f"\n| strict accuracy | pre-trained | {' | '.join(methods)} | unseen partner, pre-trained | KL-O | RL | other prompts, pre-trained | RL |\n"
+           f"{'|---' * (len(methods) + 7)}|")
     for kind, prompt in KINDS.items():
-        tuned = [spread(over_seeds(found, f"{method} {kind}")) for method in METHODS]
+        tuned = [spread(over_seeds(found, f"{method} {kind}")) for method in methods]
         unseen = [f"{before[kind]['unseen']['strict']:.2f}", *(spread(over_seeds(found, f"{method} {kind}", "unseen")) for method in ("KL-O", "RL"))
                   ] if "unseen" in before[kind] else ["", "", ""]
-        yield f"| {prompt} | {before[kind]['trained']['strict']:.2f} | " + " | ".join(tuned + unseen) + " |"
+        other = [f"{before[kind]['other']['strict']:.2f}", spread(over_seeds(found, f"RL {kind}", "other"))]
+        yield f"| {prompt} | {before[kind]['trained']['strict']:.2f} | " + " | ".join(tuned + unseen + other) + " |"
 
     columns = ("trained", "size"), ("other", "strict"), ("other", "diversity"), ("trained", "strict")
     yield "\n| `dpok.py --reward jpeg` | size, kB | strict, other prompts | diversity, other prompts | strict, its own prompt |\n|---|---|---|---|---|"
     yield "| pre-trained | " + " | ".join(f"{before['count'][where][what]:.2f}" for where, what in columns) + " |"
-    for beta in BETAS:
+    for beta in (beta for beta in BETAS if f"jpeg beta {beta}" in found):
         yield f"| `--beta {beta}` | " + " | ".join(spread(over_seeds(found, f"jpeg beta {beta}", *column)) for column in columns) + " |"
 
     yield "\n| runs | command, with `--device cpu --precision fp32 --seed` 0 to 4 (SF64, IS256: 7) | reward queries | updates | minutes on one core |\n|---|---|---|---|---|"
@@ -279,7 +282,7 @@ def tables(before, found):
             ranges = ((min(values), max(values)) for values in ([scores[what] for scores in finished] for what in ("queries", "updates", "minutes")))
             command = f"python {RUNS[names[0]][0].__name__}.py " + ('--prompts "…" ' if runs in METHODS else "")
             command += shlex.join(RUNS[names[0]][2] if runs in METHODS else arguments(runs))
-            yield f"| {runs} | `{command.strip()}` | " + " | ".join(f"{a:.4g}" if a == b else f"{a:.4g} to {b:.4g}" for a, b in ranges) + " |"
+            yield f"| {runs} | `{command.strip()}` | " + " | ".join(f"{a:.4g}" if a == b else f"{a:.1f} to {b:.1f}" for a, b in ranges) + " |"
 
 
 # ---------------------------------------------------------------- figures
@@ -308,16 +311,17 @@ def draw_figures(before, found):
     figure.savefig(RESULTS / "curves.png", dpi=100)
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
+    methods = ["pre-trained", *(method for method in METHODS if any(f"{method} {kind}" in found for kind in KINDS))]
     for axis, what in zip(axes, ("strict", "alignment")):
-        for i, method in enumerate(("pre-trained", *METHODS)):
+        for i, method in enumerate(methods):
             values = [over_seeds(found, f"{method} {kind}", what=what) if i else np.array([before[kind]["trained"][what]]) for kind in KINDS]
             axis.bar(np.arange(len(KINDS)) + i * 0.16, [v.mean() for v in values], 0.15, yerr=[standard_error(v) for v in values], label=method)
-        axis.set(title=f"{what}, {'judged by' if what == 'strict' else 'rewarded'}", xticks=np.arange(len(KINDS)) + 0.32, xticklabels=KINDS)
+        axis.set(title=f"{what}, {'judged by' if what == 'strict' else 'rewarded'}", xticks=np.arange(len(KINDS)) + 0.08 * (len(methods) - 1), xticklabels=KINDS)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
     figure.savefig(RESULTS / "methods.png", dpi=100)
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for beta in BETAS:
+    for beta in (beta for beta in BETAS if f"jpeg beta {beta}" in found):
         for scores in found.get(f"jpeg beta {beta}", []):
             axes[0].plot(scores["log"]["kl"], scores["log"]["reward_mean"], ".", color=f"C{BETAS.index(beta)}", alpha=0.3, markersize=4)
             axes[0].plot(scores["kl"], -scores["trained"]["size"], "o", color=f"C{BETAS.index(beta)}", markeredgecolor="black")

@@ -1528,6 +1528,15 @@ def test_shapes_draws_what_the_caption_says_most_often_but_not_always():
         assert all((shapes_reward.hue_classes(np.asarray(image)[None]) > 0).mean() > shapes_reward.SMALLEST for image in images), kind
 
 
+def test_the_readme_has_the_numbers_that_the_experiments_printed():
+    readme, results = (HERE / "README.md").read_text(encoding="utf-8"), HERE / "experiments" / "results"
+    tables = json.loads((results / "claims.json").read_text(encoding="utf-8"))["tables"]
+    rows = [row for lines in tables for row in lines.splitlines() if row.startswith("|")]
+    assert rows and [row for row in rows if row not in readme] == []
+    measured = {what: ratio for what, _, ratio, _ in json.loads((results / "bench-shapes-cpu-fp32.json").read_text(encoding="utf-8"))["rows"]}
+    assert f"takes {measured['an epoch, DDPO_SF, --single_pass']:.2f} of the CPU time of two passes" in readme
+
+
 # ---------------------------------------------------------------- what a laptop shows (slow: whole runs, five seeds)
 
 def measure(run, count=256):

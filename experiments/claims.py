@@ -194,7 +194,7 @@ def over_seeds(found, name, where="trained", what="strict", epochs=None):
 
 
 def claims(before, found):
-    """-> (letter, claim, the least mean effect at which it holds, {what: (the runs it rests on, the effect with each seed)})."""
+    """-> (section of the paper, claim, the least mean effect at which it holds, {what: (the runs it rests on, the effect with each seed)})."""
     def gain(name, where="trained", what="strict"):
         return over_seeds(found, name, where, what) - before[RUNS[name][1]][where][what]
 
@@ -202,61 +202,60 @@ def claims(before, found):
         return [one, other], over_seeds(found, one, where, what) - over_seeds(found, other, where, what)
 
     size, later = {"what": "size"}, over_seeds(found, "DDPO jpeg", what="size", epochs=20) - over_seeds(found, "DDPO jpeg", what="size")
-    yield "a", "DDPO makes JPEGs smaller or larger as it is asked, kB", 0, {
+    yield "DDPO 6.1", "DDPO makes JPEGs smaller or larger as it is asked, kB", 0, {
         "smaller": (["DDPO jpeg"], -gain("DDPO jpeg", **size)), "larger": (["DDPO incompressibility"], gain("DDPO incompressibility", **size))}
-    yield "a", "DDPO raises alignment, strict accuracy by 0.15 or more", 0.15, {kind: ([f"DDPO {kind}"], gain(f"DDPO {kind}")) for kind in KINDS}
-    yield "b", "DDPO_IS, four updates an epoch, is better than DDPO_SF, one, on as many reward queries", 0, {
+    yield "DDPO 6.1", "DDPO raises alignment, strict accuracy by 0.15 or more", 0.15, {kind: ([f"DDPO {kind}"], gain(f"DDPO {kind}")) for kind in KINDS}
+    yield "DDPO 6.1", "DDPO_IS, four updates an epoch, is better than DDPO_SF, one, on as many reward queries", 0, {
         "count, strict accuracy": (["DDPO count", "SF64 count"], over_seeds(found, "DDPO count") - over_seeds(found, "SF64 count", epochs=30)[:5]),
         "`jpeg`, kB": (["DDPO jpeg", "SF64 jpeg"],
                        over_seeds(found, "SF64 jpeg", epochs=30, **size)[:5] - over_seeds(found, "DDPO jpeg", epochs=30, **size))}
     names, less = ["SF64 jpeg", "IS256 jpeg"], over_seeds(found, "IS256 jpeg", **size) - over_seeds(found, "SF64 jpeg", **size)
-    yield "j", "DDPO_SF with 64 samples an epoch is better than DDPO_IS with 256 on as many queries and updates (no paper's claim)", 0, {
+    yield "", "DDPO_SF with 64 samples an epoch is better than DDPO_IS with 256 on as many queries and updates", 0, {
         "count, strict accuracy": versus("SF64 count", "IS256 count"), "`jpeg`, kB": (names, less)}
-    yield "c", "DDPO over-optimises `jpeg`: files shrink on after epoch 20, kB", 0, {"": (["DDPO jpeg"], later)}
-    yield "c", "… and strict accuracy is lost, in all 0.15 or more", 0.15, {"": (["DDPO jpeg"], -gain("DDPO jpeg"))}
-    yield "c", "… and diversity", 0, {"": (["DDPO jpeg"], -gain("DDPO jpeg", what="diversity"))}
+    yield "DDPO A", "DDPO over-optimises `jpeg`: files shrink on after epoch 20, kB", 0, {"": (["DDPO jpeg"], later)}
+    yield "DDPO A", "… and strict accuracy is lost, in all 0.15 or more", 0.15, {"": (["DDPO jpeg"], -gain("DDPO jpeg"))}
+    yield "DDPO A", "… and diversity", 0, {"": (["DDPO jpeg"], -gain("DDPO jpeg", what="diversity"))}
     remedies = {"KL penalty": "DDPO jpeg kl_weight", "stopping early": "DDPO jpeg max_kl"}
-    yield "c", "With a remedy, DDPO on `jpeg` loses less than 0.1 of strict accuracy (0.1 less the loss)", 0, {
+    yield "DDPO A", "With a remedy, DDPO on `jpeg` loses less than 0.1 of strict accuracy (0.1 less the loss)", 0, {
         text: ([name], 0.1 + gain(name)) for text, name in remedies.items()}
-    yield "c", "… and files still shrink, kB", 0, {text: ([name], -gain(name, **size)) for text, name in remedies.items()}
-    yield "d, g", "DPOK raises strict accuracy by 0.15 or more", 0.15, {kind: ([f"RL {kind}"], gain(f"RL {kind}")) for kind in KINDS}
-    for other, who in {"KL-O": "supervised training, KL-O,", "KL-D": "supervised training, KL-D,", "DDPO": "DDPO (no claim of DPOK's)"}.items():
-        yield "d", f"DPOK is better than {who} on as many reward queries, strict accuracy", 0, {
+    yield "DDPO A", "… and files still shrink, kB", 0, {text: ([name], -gain(name, **size)) for text, name in remedies.items()}
+    yield "DPOK 5.2, 5.4", "DPOK raises strict accuracy by 0.15 or more", 0.15, {kind: ([f"RL {kind}"], gain(f"RL {kind}")) for kind in KINDS}
+    for other, who in {"KL-O": "supervised training, KL-O,", "KL-D": "supervised training, KL-D,", "DDPO": "DDPO"}.items():
+        yield "DPOK 5.2" if other != "DDPO" else "", f"DPOK is better than {who} on as many reward queries, strict accuracy", 0, {
             kind: versus(f"RL {kind}", f"{other} {kind}") for kind in KINDS}
-    yield "h", "DPOK raises prompts never trained on, their unseen partners, strict accuracy", 0, {
+    yield "DPOK Fig. 10", "DPOK raises prompts never trained on, their unseen partners, strict accuracy", 0, {
         kind: ([f"RL {kind}"], gain(f"RL {kind}", "unseen")) for kind in KINDS if "unseen" in before[kind]}
-    yield "h", "DDPO on `jpeg` makes files of captions never trained on smaller, kB", 0, {"": (["DDPO jpeg"], -gain("DDPO jpeg", "unseen", "size"))}
+    yield "DDPO 6.3", "DDPO on `jpeg` makes files of captions never trained on smaller, kB", 0, {"": (["DDPO jpeg"], -gain("DDPO jpeg", "unseen", "size"))}
     free, held = "jpeg beta 0", f"jpeg beta {BETAS[-1]}"
-    yield "i", "DPOK on `jpeg`, β 0: strict accuracy of other prompts is lost, 0.15 or more", 0.15, {"": ([free], -gain(free, "other"))}
-    yield "i", f"… β {BETAS[-1]}: less than 0.1 is lost (0.1 less the loss)", 0, {"": ([held], 0.1 + gain(held, "other"))}
-    yield "i", "… and files still shrink, kB", 0, {"": ([held], -gain(held, **size))}
-    yield "i", "… and other prompts stay more diverse than with β 0", 0, {"": versus(held, free, "other", "diversity")}
+    yield "DPOK 5.3", "DPOK on `jpeg`, β 0: strict accuracy of other prompts is lost, 0.15 or more", 0.15, {"": ([free], -gain(free, "other"))}
+    yield "DPOK 5.3", f"… β {BETAS[-1]}: less than 0.1 is lost (0.1 less the loss)", 0, {"": ([held], 0.1 + gain(held, "other"))}
+    yield "DPOK 5.3", "… and files still shrink, kB", 0, {"": ([held], -gain(held, **size))}
+    yield "DPOK 5.3", "… and other prompts stay more diverse than with β 0", 0, {"": versus(held, free, "other", "diversity")}
 
 
 def verdict(effect, least):
     """The mean is large enough, and its 95 % interval lies above 0."""
-    if not np.isfinite(effect).all():
-        return "not run"
     return "holds" if effect.mean() >= least and effect.mean() > STUDENT[len(effect)] * standard_error(effect) else "**does not hold**"
 
 
 def tables(before, found):
     """before {kind: scores of the pre-trained model}, found {run: scores of each seed} -> the README's tables."""
-    missing = []
-    yield "| | claim | effect | on `shapes/` | minutes | runs |\n|---|---|---|---|---|---|"
-    for letter, text, least, parts in claims(before, found):
-        judged = {label: verdict(effect, least) for label, (_, effect) in parts.items()}
-        if set(judged.values()) == {"not run"}:
-            missing.append(letter)
+    missing = 0
+    yield "| paper | claim | effect | on `shapes/` | minutes | runs |\n|---|---|---|---|---|---|"
+    for section, text, least, parts in claims(before, found):
+        judged = {label: verdict(effect, least) for label, (_, effect) in parts.items() if np.isfinite(effect).all()}
+        if not judged:
+            missing += 1
             continue
-        verdicts = next(iter(judged.values())) if len(set(judged.values())) == 1 else ", ".join(f"{label}: {says}" for label, says in judged.items())
-        effects = "; ".join(f"{label} {spread(effect)}".strip() for label, (_, effect) in parts.items() if np.isfinite(effect).all())
+        verdicts = ", ".join(set(judged.values()) if len(set(judged.values())) == 1 else (f"{label}: {says}" for label, says in judged.items()))
+        verdicts += ", the others are not run" if len(judged) < len(parts) else ""
+        effects = "; ".join(f"{label} {spread(effect)}".strip() for label, (_, effect) in parts.items() if label in judged)
         names = list(dict.fromkeys(name for names, _ in parts.values() for name in names))
         minutes = sum(scores["minutes"] for name in names for scores in found.get(name, []))
-        yield f"| {letter} | {text} | {effects} | {verdicts} | {minutes:.0f} | {', '.join(dict.fromkeys(group(name) for name in names))} |"
+        yield f"| {section} | {text} | {effects} | {verdicts} | {minutes:.0f} | {', '.join(dict.fromkeys(group(name) for name in names))} |"
 
     if missing:
-        yield f"\n{len(missing)} more claims wait for their runs."
+        yield f"\n{missing} more claims wait for their runs."
 
     methods = [method for method in METHODS if any(f"{method} {kind}" in found for kind in KINDS)]
     yield (f"\n| strict accuracy | pre-trained | {' | '.join(methods)} | unseen partner, pre-trained | KL-O | RL | other prompts, pre-trained | RL |\n"

@@ -250,7 +250,7 @@ def tables(before, found):
         verdicts = ", ".join(set(judged.values()) if len(set(judged.values())) == 1 else (f"{label}: {says}" for label, says in judged.items()))
         verdicts += ", the others are not run" if len(judged) < len(parts) else ""
         effects = "; ".join(f"{label} {spread(effect)}".strip() for label, (_, effect) in parts.items() if label in judged)
-        names = list(dict.fromkeys(name for names, _ in parts.values() for name in names))
+        names = list(dict.fromkeys(name for label in judged for name in parts[label][0]))
         minutes = sum(scores["minutes"] for name in names for scores in found.get(name, []))
         yield f"| {section} | {text} | {effects} | {verdicts} | {minutes:.0f} | {', '.join(dict.fromkeys(group(name) for name in names))} |"
 
@@ -273,7 +273,7 @@ def tables(before, found):
     for beta in (beta for beta in BETAS if f"jpeg beta {beta}" in found):
         yield f"| `--beta {beta}` | " + " | ".join(spread(over_seeds(found, f"jpeg beta {beta}", *column)) for column in columns) + " |"
 
-    yield "\n| runs | command, with `--device cpu --precision fp32 --seed` 0 to 4 (SF64, IS256: 7) | reward queries | updates | minutes on one core |\n|---|---|---|---|---|"
+    yield "\n| runs | command, with `--device cpu --precision fp32` and `--seed` 0, 1, … | reward queries | updates | minutes on one core |\n|---|---|---|---|---|"
     for runs in dict.fromkeys(map(group, RUNS)):
         names = [name for name in RUNS if group(name) == runs]
         finished = [scores for name in names for scores in found.get(name, [])]

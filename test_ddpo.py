@@ -1533,8 +1533,9 @@ def test_the_readme_has_the_numbers_that_the_experiments_printed():
     tables = json.loads((results / "claims.json").read_text(encoding="utf-8"))["tables"]
     rows = [row for lines in tables for row in lines.splitlines() if row.startswith("|")]
     assert rows and [row for row in rows if row not in readme] == []
-    measured = {what: ratio for what, _, ratio, _ in json.loads((results / "bench-shapes-cpu-fp32.json").read_text(encoding="utf-8"))["rows"]}
-    assert f"takes {measured['an epoch, DDPO_SF, --single_pass']:.2f} of the CPU time of two passes" in readme
+    ratios = [next(ratio for what, _, ratio, _ in json.loads((results / f"bench-{size}-cpu-fp32.json").read_text(encoding="utf-8"))["rows"]
+                   if what == "an epoch, DDPO_SF, --single_pass") for size in ("shapes", "medium")]
+    assert f"takes {ratios[0]:.2f} of the CPU time" in readme and f"5 steps {ratios[1]:.2f} (`--size medium`)" in readme
 
 
 # ---------------------------------------------------------------- what a laptop shows (slow: whole runs, five seeds)

@@ -276,9 +276,9 @@ def tables(before, found):
     yield "\n| runs | command, with `--device cpu --precision fp32` and `--seed` 0, 1, … | reward queries | updates | minutes on one core |\n|---|---|---|---|---|"
     for runs in dict.fromkeys(map(group, RUNS)):
         names = [name for name in RUNS if group(name) == runs]
-        finished = [scores for name in names for scores in found.get(name, [])]
-        if finished:
-            ranges = ((min(values), max(values)) for values in ([scores[what] for scores in finished] for what in ("queries", "updates", "minutes")))
+        seeds = [scores for name in names for scores in found.get(name, [])]
+        if seeds:
+            ranges = ((min(values), max(values)) for values in ([scores[what] for scores in seeds] for what in ("queries", "updates", "minutes")))
             command = f"python {RUNS[names[0]][0].__name__}.py " + ('--prompts "…" ' if runs in METHODS else "")
             command += shlex.join(RUNS[names[0]][2] if runs in METHODS else arguments(runs))
             yield f"| {runs} | `{command.strip()}` | " + " | ".join(f"{a:.4g}" if a == b else f"{a:.1f} to {b:.1f}" for a, b in ranges) + " |"

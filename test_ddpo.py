@@ -1086,6 +1086,7 @@ def test_scoring_is_at_most_a_tenth_of_an_epochs_operations():
                                                                     pos_att_type="c2p|p2c", position_biased_input=False, type_vocab_size=0))
     memory = {"aesthetic": 4 * clip.num_parameters(), "imagereward": 4 * (vision.num_parameters() + text.num_parameters()),
               "llava": 2 * (eye.num_parameters() + llama.num_parameters()) + 4 * bert.num_parameters()}
+    print(f"\nan epoch: {epoch / 1e15:.1f} PFLOP")
     for name, count in cost.items():
         print(f"\n{name}: {256 * count / epoch:.2%} of an epoch's operations, weights of {memory[name] / 1e9:.1f} GB")
     assert all(256 * count <= 0.1 * epoch for count in cost.values())

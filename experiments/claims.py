@@ -160,7 +160,7 @@ def load(folder, name, seed, **more):
     return read(folder / "measured.json") | {
         "queries": int(log["reward_queries"][-1]), "updates": len(log["epoch"]) * read(folder / "config.json")["updates_per_epoch"],
         "kl": float(np.mean(log["kl"][-5:])), "minutes": sum(log["seconds"]) / 60,
-        "log": {column: log[column] for column in ("reward_queries", "reward_mean", "kl")}}
+        "log": {column: log[column] for column in ("reward_queries", "reward_mean", "kl", "seconds")}}
 
 
 def run_all(folder, jobs, at_once):
@@ -261,6 +261,24 @@ def tables(before, found):
 
     if missing:
         yield f"\n{missing} more claims wait for their runs."
+
+    columns = [("trained", what) for what in ("size", "strict", "diversity")] + [("unseen", "size")]
+    yield "\n| `ddpo.py` on the 16 prompts | after epoch | size, kB | strict | diversity | size, captions never trained on |\n|---|---|---|---|---|---|"
+    yield "| pre-trained | | " + " | ".join(f"{before['all'][where][what]:.2f}" for where, what in columns) + " |"
+    for name in ("DDPO jpeg", "DDPO jpeg kl_weight", "DDPO incompressibility"):
+        for epochs in found[name][0]["stages"] if name in found else ():
+            values = [spread(over_seeds(found, name, *column, epochs)) if column[0] in found[name][0]["stages"][epochs] else "" for column in columns]
+            yield f"| `{shlex.join(RUNS[name][2])}` | {epochs} | " + " | ".join(values) + " |"
+
+    yield ("\n| eight seeds | queries | updates | strict, count | size, `jpeg`, kB | strict, `jpeg` | KL, count | KL, `jpeg` | minutes, count | minutes, `jpeg` |\n"
+           f"{'|---' * 10}|")
+    for who, text, samples, updates in ("SF64", "DDPO_SF, `--single_pass`, 64 an epoch", 64, 1), ("IS256", "DDPO_IS, 256 an epoch", 256, 4):
+        count, jpeg = f"{who} count", f"{who} jpeg"
+        for epochs in STAGES[count] + (settings(count).epochs,) if {count, jpeg} <= found.keys() else ():
+            values = [spread(over_seeds(found, name, what=what, epochs=epochs)) for name, what in ((count, "strict"), (jpeg, "size"), (jpeg, "strict"))]
+            values += [spread(np.array([scores["log"]["kl"][epochs - 1] for scores in found[name]])) for name in (count, jpeg)]
+            values += [f"{np.mean([sum(scores['log']['seconds'][:epochs]) for scores in found[name]]) / 60:.2f}" for name in (count, jpeg)]
+            yield f"| {text} | {samples * epochs} | {updates * epochs} | " + " | ".join(values) + " |"
 
     methods = [method for method in METHODS if any(f"{method} {kind}" in found for kind in KINDS)]
     yield (f"\n| strict accuracy | pre-trained | {' | '.join(methods)} | unseen partner, pre-trained | KL-O | RL | other prompts, pre-trained | RL |\n"

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -58,6 +59,8 @@ def make_model(size):
         scheduler = diffusers.DDIMScheduler.from_pretrained(shapes / "scheduler", set_alpha_to_one=False, steps_offset=1, clip_sample=False)
         diffusers.StableDiffusionPipeline(vae, transformers.CLIPTextModel(text), tokenizer, unet, scheduler, None, None,
                                           requires_safety_checker=False).save_pretrained(folder)
+        for name in ("vocab.json", "merges.txt"):  # what TRL's older transformers read
+            shutil.copy(shapes / "tokenizer" / name, folder / "tokenizer")
     return folder
 
 
@@ -160,12 +163,15 @@ def median(found, name):
 def train_trl(config, epochs):
     """The same work by TRL's DDPOTrainer: samples, steps, rows a call, updates, guidance, rank, but for the KL, which it does not log
     -> CPU seconds of each epoch but the first."""
+    from accelerate import PartialState
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
-    calls, updates = config.samples_per_epoch // config.batch, config.updates_per_epoch
+    PartialState(cpu=True)  # without it the pipeline fails at a warning of its own
+    samples = config.samples_per_epoch // config.updates_per_epoch  # of an update; TRL's rows are samples, a step at a time
+    batch = min(config.batch, samples)
     settings = DDPOConfig(
         num_epochs=epochs + 1, save_freq=epochs + 9, mixed_precision="no", allow_tf32=False, sample_num_steps=config.steps,
-        sample_guidance_scale=config.guidance, sample_batch_size=config.batch, sample_num_batches_per_epoch=calls, train_batch_size=config.batch,
-        train_gradient_accumulation_steps=calls // updates, per_prompt_stat_tracking=True, accelerator_kwargs={"cpu": True},
+        sample_guidance_scale=config.guidance, sample_batch_size=config.batch, sample_num_batches_per_epoch=config.samples_per_epoch // config.batch,
+        train_batch_size=batch, train_gradient_accumulation_steps=samples // batch, per_prompt_stat_tracking=True, accelerator_kwargs={"cpu": True},
         project_kwargs={"project_dir": str(MODELS)})
     pipeline = DefaultDDPOStableDiffusionPipeline(config.model)
     prompts, reward, marks = ddpo.load_prompts(config.prompts), ddpo.rewards.load("jpeg"), []

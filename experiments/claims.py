@@ -208,20 +208,20 @@ def claims(before, found):
     size, later = {"what": "size"}, over_seeds(found, "DDPO jpeg", what="size", epochs=24) - over_seeds(found, "DDPO jpeg", what="size")
     yield "DDPO 6.1", "DDPO makes JPEGs smaller or larger as it is asked, kB", 0, {
         "smaller": (["DDPO jpeg"], -gain("DDPO jpeg", **size)), "larger": (["DDPO incompressibility"], gain("DDPO incompressibility", **size))}
-    yield "DDPO 6.1", "DDPO raises alignment, strict accuracy by 0.15 or more", 0.15, {
+    yield "DDPO 6.2", "DDPO raises alignment, strict accuracy by 0.15 or more", 0.15, {
         kind: ([f"DDPO {kind}"], gain(f"DDPO {kind}")) for kind in KINDS if f"DDPO {kind}" in RUNS}
-    yield "DDPO 6.1", "DDPO_IS, four updates an epoch, is better than DDPO_SF, one, on as many reward queries", 0, {
+    yield "DDPO 6.1", "DDPO_IS with 64 samples and four updates an epoch is better than DDPO_SF with 64 and one, on as many reward queries", 0, {
         "count, strict accuracy": versus("DDPO count", "SF64 count", epochs=(24, None)),
         "`jpeg`, kB": versus("SF64 jpeg", "DDPO jpeg", **size, epochs=(None, 24))}
     for text, epochs in {"on as many queries and updates": (None, None), "in the same time, 22 epochs against 4": (22, 4)}.items():
-        yield "", f"DDPO_SF in a single pass, 64 samples an epoch, is better than DDPO_IS, 256, {text}", 0, {
+        yield "", f"DDPO_SF with 64 samples and one update an epoch is better than DDPO_IS with 256 and four, {text}", 0, {
             "count, strict accuracy": versus("SF64 count", "IS256 count", epochs=epochs),
             "`jpeg`, kB": versus("IS256 jpeg", "SF64 jpeg", **size, epochs=epochs[::-1])}
     yield "DDPO A", "DDPO over-optimises `jpeg`: files shrink on after epoch 24, kB", 0, {"": (["DDPO jpeg"], later)}
     yield "DDPO A", "… and strict accuracy is lost, in all 0.15 or more", 0.15, {"": (["DDPO jpeg"], -gain("DDPO jpeg"))}
     yield "DDPO A", "… and diversity", 0, {"": (["DDPO jpeg"], -gain("DDPO jpeg", what="diversity"))}
     remedies = {"with `--kl_weight 0.3`": ("DDPO jpeg kl_weight", None), "stopped after epoch 12": ("DDPO jpeg", 12)}
-    yield "DDPO A", "With a remedy, DDPO on `jpeg` loses less than 0.1 of strict accuracy (0.1 less the loss)", 0, {
+    yield "DDPO A", "With a remedy, DDPO on `jpeg` loses less than 0.1 of strict accuracy (0.1 − the loss)", 0, {
         text: ([name], 0.1 + gain(name, epochs=epochs)) for text, (name, epochs) in remedies.items()}
     yield "DDPO A", "… and files still shrink, kB", 0, {text: ([name], -gain(name, **size, epochs=epochs)) for text, (name, epochs) in remedies.items()}
     yield "DPOK 5.2, 5.4", "DPOK raises strict accuracy by 0.15 or more", 0.15, {kind: ([f"RL {kind}"], gain(f"RL {kind}")) for kind in KINDS}
@@ -233,20 +233,21 @@ def claims(before, found):
     yield "DDPO 6.3", "DDPO on `jpeg` makes files of captions never trained on smaller, kB", 0, {"": (["DDPO jpeg"], -gain("DDPO jpeg", "unseen", "size"))}
     free, held = "jpeg beta 0", f"jpeg beta {BETAS[-1]}"
     yield "DPOK 5.3", "DPOK on `jpeg`, β 0: strict accuracy of other prompts is lost, 0.15 or more", 0.15, {"": ([free], -gain(free, "other"))}
-    yield "DPOK 5.3", f"… β {BETAS[-1]}: less than 0.1 is lost (0.1 less the loss)", 0, {"": ([held], 0.1 + gain(held, "other"))}
+    yield "DPOK 5.3", f"… β {BETAS[-1]}: less than 0.1 is lost (0.1 − the loss)", 0, {"": ([held], 0.1 + gain(held, "other"))}
     yield "DPOK 5.3", "… and files still shrink, kB", 0, {"": ([held], -gain(held, **size))}
     yield "DPOK 5.3", "… and other prompts stay more diverse than with β 0", 0, {"": versus(held, free, "other", "diversity")}
 
 
 def verdict(effect, least):
-    """The mean is large enough, and its 95 % interval lies above 0."""
-    return "holds" if effect.mean() >= least and effect.mean() > STUDENT[len(effect)] * standard_error(effect) else "**does not hold**"
+    """Holds: the mean is large enough, and its 95 % interval lies above 0. Does not hold: the interval lies below what was asked."""
+    mean, reach = effect.mean(), STUDENT[len(effect)] * standard_error(effect)
+    return "holds" if mean >= least and mean > reach else "**does not hold**" if mean + reach < least else "not shown"
 
 
 def tables(before, found):
     """before {kind: scores of the pre-trained model}, found {run: scores of each seed} -> the README's tables."""
     missing = 0
-    yield "| paper | claim | effect | on `shapes/` | minutes | runs |\n|---|---|---|---|---|---|"
+    yield "| paper | claim | effect | on `shapes/` | seeds | CPU minutes | runs, whose commands are below |\n|---|---|---|---|---|---|---|"
     for section, text, least, parts in claims(before, found):
         judged = {label: verdict(effect, least) for label, (_, effect) in parts.items() if np.isfinite(effect).all()}
         if not judged:
@@ -256,8 +257,9 @@ def tables(before, found):
         verdicts += ", the others are not run" if len(judged) < len(parts) else ""
         effects = "; ".join(f"{label} {spread(effect)}".strip() for label, (_, effect) in parts.items() if label in judged)
         names = list(dict.fromkeys(name for label in judged for name in parts[label][0]))
+        seeds = ", ".join(sorted({str(len(parts[label][1])) for label in judged}))
         minutes = sum(scores["minutes"] for name in names for scores in found.get(name, []))
-        yield f"| {section} | {text} | {effects} | {verdicts} | {minutes:.0f} | {', '.join(dict.fromkeys(group(name) for name in names))} |"
+        yield f"| {section} | {text} | {effects} | {verdicts} | {seeds} | {minutes:.0f} | {', '.join(dict.fromkeys(group(name) for name in names))} |"
 
     if missing:
         yield f"\n{missing} more claims wait for their runs."
@@ -296,7 +298,7 @@ def tables(before, found):
     for beta in (beta for beta in BETAS if f"jpeg beta {beta}" in found):
         yield f"| `--beta {beta}` | " + " | ".join(spread(over_seeds(found, f"jpeg beta {beta}", *column)) for column in columns) + " |"
 
-    yield "\n| runs | command, with `--device cpu --precision fp32` and `--seed` 0, 1, … | reward queries | updates | minutes on one core |\n|---|---|---|---|---|"
+    yield "\n| runs | command, with `--device cpu --precision fp32` and `--seed` 0, 1, … | reward queries | updates | CPU minutes |\n|---|---|---|---|---|"
     for runs in dict.fromkeys(map(group, RUNS)):
         names = [name for name in RUNS if group(name) == runs]
         seeds = [scores for name in names for scores in found.get(name, [])]

@@ -324,8 +324,8 @@ def curve(axis, found, name, label, x="reward_queries", y="reward_mean"):
 def draw_figures(before, found):
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for axis, (title, label, runs) in zip(axes, [
-            ("jpeg", "reward, -kB", {"DDPO jpeg": "DDPO_IS", "DDPO jpeg kl_weight": "DDPO_IS, KL penalty", "IS256 jpeg": "DDPO_IS, 256 an epoch",
-                                     "SF64 jpeg": "DDPO_SF"}),
+            ("jpeg", "reward, -kB", {"DDPO jpeg": "DDPO_IS", "IS256 jpeg": "DDPO_IS, 256 an epoch", "SF64 jpeg": "DDPO_SF",
+                                     "DDPO jpeg kl_weight": "DDPO_IS, KL penalty"}),
             ("incompressibility", "reward, kB", {"DDPO incompressibility": "DDPO_IS"}),
             ("alignment, \"two red squares\"", "reward", {"DDPO count": "DDPO_IS", "IS256 count": "DDPO_IS, 256 an epoch", "SF64 count": "DDPO_SF",
                                                         "RL count": "DPOK"})]):

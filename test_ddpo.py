@@ -1530,6 +1530,22 @@ def test_shapes_draws_what_the_caption_says_most_often_but_not_always():
         assert all((shapes_reward.hue_classes(np.asarray(image)[None]) > 0).mean() > shapes_reward.SMALLEST for image in images), kind
 
 
+def test_what_the_experiments_found_is_so_in_every_seed():
+    found = json.loads((HERE / "experiments" / "results" / "claims.json").read_text(encoding="utf-8"))
+    size, strict, count = (found["pre-trained"][kind]["trained"][what] for kind, what in (("all", "size"), ("all", "strict"), ("count", "strict")))
+    seeds = {name: [scores["trained"] for scores in found["runs"][f"DDPO {name}"]] for name in ("jpeg", "incompressibility", "jpeg kl_weight", "count")}
+    empty = rewards.jpeg_size([Image.new("RGB", (64, 64), (240, 240, 240))]).item()
+    assert all(len(scores) >= 5 for scores in seeds.values())
+    assert all(size - s["size"] >= (size - empty) / 3 and s["strict"] <= strict / 2 for s in seeds["jpeg"])
+    assert all(s["size"] - size >= 0.1 for s in seeds["incompressibility"])
+    assert all(size - s["size"] > 0.1 and s["strict"] >= strict - 0.1 for s in seeds["jpeg kl_weight"])
+    assert all(s["strict"] - count >= 0.2 for s in seeds["count"])
+    for bench, most in ("shapes", 1.15), ("medium", 1.05):
+        rows = json.loads((HERE / "experiments" / "results" / f"bench-{bench}-cpu-fp32-peer.json").read_text(encoding="utf-8"))["rows"]
+        ratios = {what: ratio for what, _, ratio, _ in rows}
+        assert ratios["an epoch, DDPO_IS"] <= most and ratios["an epoch, DDPO_SF, --single_pass"] <= 0.75
+
+
 def test_the_readme_has_the_numbers_that_the_experiments_printed():
     readme, results = (HERE / "README.md").read_text(encoding="utf-8"), HERE / "experiments" / "results"
     tables = json.loads((results / "claims.json").read_text(encoding="utf-8"))["tables"]

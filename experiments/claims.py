@@ -44,7 +44,7 @@ METHODS = {"KL-O": (dpok, ["--algo", "sft", "--lr", "3e-3"]), "KL-D": (dpok, ["-
 BETAS = "0", "0.1", "0.5"
 # run: (script, its prompts, which are one of KINDS or all 16 of shapes/prompts.txt, its other arguments)
 RUNS = {f"{method} {kind}": (script, kind, arguments) for method, (script, arguments) in METHODS.items() for kind in KINDS
-        if kind != "bias" or method in ("KL-O", "RL")}
+        if kind != "bias" or method == "RL"}
 for name, (kind, reward) in {"count": ("count", ALIGNMENT), "jpeg": ("all", ["--reward", "jpeg"])}.items():  # as many queries and updates
     RUNS |= {f"SF64 {name}": (ddpo, kind, [*reward, "--epochs", "24", "--buffer_size", "64", "--algo", "sf", "--single_pass"]),
              f"IS256 {name}": (ddpo, kind, [*reward, "--epochs", "6", "--buffer_size", "256", "--samples_per_epoch", "256"])}
@@ -57,6 +57,8 @@ STUDENT = {5: 2.78, 8: 2.36}  # standard errors from 0 to the end of a 95 % inte
 # epochs after which a run is measured besides its last; 22 of SF64 take the time of 4 of IS256
 STAGES = {"DDPO jpeg": (12, 24, 36), "DDPO count": (24,)} | {f"{name} {kind}": (epochs,) for name, epochs in {"SF64": 22, "IS256": 4}.items()
                                                              for kind in ("count", "jpeg")}
+# prompts besides its own that a run is measured on, those that a claim asks for, by how its name begins
+ALSO = {"RL": ("unseen", "other"), "KL-O": ("unseen",), "jpeg": ("other",), "DDPO jpeg": ("unseen",), "DDPO incompressibility": ("unseen",)}
 PROMPTS = {kind: [prompt] for kind, prompt in KINDS.items()} | {"all": dpok.load_prompts("shapes/prompts.txt")}
 # for runs on one prompt: the prompts of shapes/ that no such run trains on and that are no unseen partner of theirs
 OTHER = [p for p in PROMPTS["all"] if p not in KINDS.values() and p not in dpok.UNSEEN.values()]
@@ -76,7 +78,8 @@ def group(name):
 
 def settings(name, **more):
     script = RUNS[name][0]
-    more = {"device": "cpu", "precision": "fp32", **({"evaluation_images": 2} if script is dpok else {}), **more}
+    pictures = {"sample_every": 1000} if more.get("seed") else {}  # those of seed 0 are shown
+    more = {"device": "cpu", "precision": "fp32", **pictures, **({"evaluation_images": 2} if script is dpok else {}), **more}
     with contextlib.redirect_stdout(None):
         return script.parse([*arguments(name), *(f"--{flag}={value}" for flag, value in more.items())])
 
@@ -96,14 +99,14 @@ def score(pipe, config, prompts, count):
             "size": rewards.jpeg_size(images).mean().item(), "diversity": pixels.std(1).mean().item(), "images": len(images)}
 
 
-def measure(kind, config, lora=None, trained_only=False):
-    """The pre-trained model, or a tuned one -> scores on the prompts of a kind, on their unseen partners, and, if they are one, on others."""
+def measure(kind, config, lora=None, also=("unseen", "other")):
+    """The pre-trained model, or a tuned one -> scores on the prompts of a kind and, as asked, on their unseen partners and on others."""
     pipe, prompts = dpok.load_pipeline(config), PROMPTS[kind]
     if lora:
         dpok.load_lora(pipe.unet, lora)
     unseen = [dpok.UNSEEN[prompt] for prompt in prompts if prompt in dpok.UNSEEN]
-    sets = {"trained": prompts, "other": OTHER if kind in KINDS else [], "unseen": unseen}
-    return {name: score(pipe, config, texts, 256 // len(texts)) for name, texts in sets.items() if texts and (name == "trained" or not trained_only)}
+    sets = {"trained": prompts, "unseen": unseen, "other": OTHER if kind in KINDS else []}
+    return {name: score(pipe, config, sets[name], 256 // len(sets[name])) for name in ("trained", *also) if sets[name]}
 
 
 def read(file):
@@ -127,8 +130,8 @@ def finished(folder, name, config):
     if not (folder / "measured.json").exists():
         return False
     script, known = RUNS[name][0], {str(epochs) for epochs in STAGES.get(name, ()) if epochs < config.epochs}
-    made, asked = ({name: Path(value).name if type(value) is str else value for name, value in dataclasses.asdict(c).items() if name != "out"}
-                   for c in (script.Config(**read(folder / "config.json")), config))
+    made, asked = ({name: Path(value).name if type(value) is str else value for name, value in dataclasses.asdict(c).items()
+                    if name not in ("out", "sample_every")} for c in (script.Config(**read(folder / "config.json")), config))
     return made == asked and known <= read(folder / "measured.json").get("stages", {}).keys()
 
 
@@ -142,11 +145,11 @@ def run(folder, name, seed, **more):
         if finished(folder, name, config):
             return
         shutil.rmtree(folder, ignore_errors=True)
-        scores = {"stages": {}}
+        scores, also = {"stages": {}}, next((sets for start, sets in ALSO.items() if name.startswith(start)), ())
         for epochs in (*STAGES.get(name, ()), config.epochs):
             if epochs <= config.epochs:
                 script.train(dataclasses.replace(config, epochs=epochs, resume=str(folder) if scores["stages"] else ""))
-                scores["stages"][epochs] = measure(kind, config, folder / "lora", trained_only=epochs < config.epochs)
+                scores["stages"][epochs] = measure(kind, config, folder / "lora", also if epochs == config.epochs else ())
     write(folder / "measured.json", scores["stages"][config.epochs] | scores)
 
 
@@ -307,6 +310,7 @@ def tables(before, found):
             command = f"python {RUNS[names[0]][0].__name__}.py " + ('--prompts "…" ' if runs in METHODS else "")
             command += shlex.join(RUNS[names[0]][2] if runs in METHODS else arguments(runs))
             yield f"| {runs} | `{command.strip()}` | " + " | ".join(f"{a:.4g}" if a == b else f"{a:.1f} to {b:.1f}" for a, b in ranges) + " |"
+    yield f"| all {sum(map(len, found.values()))} | | | | {sum(scores['minutes'] for seeds in found.values() for scores in seeds):.0f} |"
 
 
 # ---------------------------------------------------------------- figures
@@ -407,10 +411,11 @@ def main():
     RESULTS.mkdir(exist_ok=True)
     write(RESULTS / "claims.json", {"pre-trained": before, "runs": found, "tables": lines})
     draw_figures(before, found)
-    methods, betas = [f"{method} {kind}" for method in ("KL-O", "RL") for kind in KINDS], [beta for beta in BETAS if f"jpeg beta {beta}" in found]
-    if set(methods) <= found.keys():
-        draw_images("dpok-methods.png", "rows: pre-trained, supervised (KL-O), RL; 1 is strictly right", [[None] * 5, methods[:5], methods[5:]],
-                    list(KINDS.values()), 2)
+    kinds, betas = list(KINDS)[:4], [beta for beta in BETAS if f"jpeg beta {beta}" in found]
+    supervised, rl = ([f"{method} {kind}" for kind in kinds] for method in ("KL-O", "RL"))
+    if {*supervised, *rl} <= found.keys():
+        draw_images("dpok-methods.png", "rows: pre-trained, supervised (KL-O), RL; 1 is strictly right", [[None] * 4, supervised, rl],
+                    [KINDS[kind] for kind in kinds], 2)
     if betas:
         draw_images("dpok-beta.png", f"reward jpeg on one prompt, images of others; rows: pre-trained, {', '.join(f'beta {beta}' for beta in betas)}",
                     [[None] * 5, *([f"jpeg beta {beta}"] * 5 for beta in betas)], OTHER[::2][:5], 2)

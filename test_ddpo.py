@@ -1530,6 +1530,13 @@ def test_shapes_draws_what_the_caption_says_most_often_but_not_always():
         assert all((shapes_reward.hue_classes(np.asarray(image)[None]) > 0).mean() > shapes_reward.SMALLEST for image in images), kind
 
 
+BENCHES = {"shapes": "bench-shapes-cpu-fp32-peer", "medium": "bench-medium-cpu-fp32-peer", "sd": "bench-sd-cpu-fp32"}
+
+
+def read_bench(size):
+    return json.loads((HERE / "experiments" / "results" / f"{BENCHES[size]}.json").read_text(encoding="utf-8"))
+
+
 def test_what_the_experiments_found_is_so_in_every_seed():
     found = json.loads((HERE / "experiments" / "results" / "claims.json").read_text(encoding="utf-8"))
     size, strict, count = (found["pre-trained"][kind]["trained"][what] for kind, what in (("all", "size"), ("all", "strict"), ("count", "strict")))
@@ -1540,20 +1547,29 @@ def test_what_the_experiments_found_is_so_in_every_seed():
     assert all(s["size"] - size >= 0.1 for s in seeds["incompressibility"])
     assert all(size - s["size"] > 0.1 and s["strict"] >= strict - 0.1 for s in seeds["jpeg kl_weight"])
     assert all(s["strict"] - count >= 0.2 for s in seeds["count"])
-    for bench, most in ("shapes", 1.15), ("medium", 1.05):
-        rows = json.loads((HERE / "experiments" / "results" / f"bench-{bench}-cpu-fp32-peer.json").read_text(encoding="utf-8"))["rows"]
-        ratios = {what: ratio for what, _, ratio, _ in rows}
-        assert ratios["an epoch, DDPO_IS"] <= most and ratios["an epoch, DDPO_SF, --single_pass"] <= 0.75
+    for bench, most in {"shapes": 1.15, "medium": 1.05, "sd": 1.05}.items():
+        ratios = {what: ratio for what, _, ratio, _ in read_bench(bench)["rows"]}
+        assert ratios["an epoch, DDPO_IS"] <= most and ratios["sampling and updates, DDPO_SF, --single_pass"] <= 0.75
 
 
 def test_the_readme_has_the_numbers_that_the_experiments_printed():
-    readme, results = (HERE / "README.md").read_text(encoding="utf-8"), HERE / "experiments" / "results"
+    results = HERE / "experiments" / "results"
+    readme = "".join(file.read_text(encoding="utf-8") for file in (HERE / "README.md", HERE / "experiments" / "README.md"))
     tables = json.loads((results / "claims.json").read_text(encoding="utf-8"))["tables"]
     rows = [row for lines in tables for row in lines.splitlines() if row.startswith("|")]
     assert rows and [row for row in rows if row not in readme] == []
-    small, large = (json.loads((results / f"bench-{size}-cpu-fp32-peer.json").read_text(encoding="utf-8")) for size in ("shapes", "medium"))
-    costs = [f"| {what} | {to} | {a:.2f} | {b:.2f} |" for (what, _, a, to), (_, _, b, _) in zip(small["rows"], large["rows"]) if a != 1 or b != 1]
-    costs += [f"| peak memory, {who} | GB | {a:.2f} | {b:.2f} |" for (who, a), b in zip(small["peak_memory_gb"].items(), large["peak_memory_gb"].values())]
+    benches = [read_bench(size) for size in BENCHES]
+    values = [{what: ratio for what, _, ratio, _ in bench["rows"]} | bench["peak_memory_gb"] for bench in benches]
+    costs = [(what, f"| {what} | {to} | ") for what, _, _, to in benches[0]["rows"] if any(v.get(what, 1) != 1 for v in values)]
+    costs += [(who, f"| peak memory, {who} | GB | ") for who in benches[0]["peak_memory_gb"]]
+    costs = [start + " | ".join(f"{v[what]:.2f}" if what in v else "" for v in values) + " |" for what, start in costs]
     assert len(costs) > 10 and [row for row in costs if row not in readme] == []
-    one, other = (next(ratio for what, _, ratio, _ in bench["rows"] if what == "sampling and updates, DDPO_SF, --single_pass") for bench in (small, large))
-    assert f"take {one:.2f} of the CPU time of two passes on `shapes/` and {other:.2f} with" in " ".join(readme.split())
+    shapes, medium, sd = (f"{v['sampling and updates, DDPO_SF, --single_pass']:.2f}" for v in values)
+    assert f"take {shapes} of the CPU time of two passes on `shapes/`, {medium} with a random UNet of 22 million parameters and {sd}" in " ".join(readme.split())
+
+
+def test_what_the_readmes_show_and_link_to_is_there():
+    files = [HERE / "README.md", HERE / "experiments" / "README.md", HERE / "shapes" / "README.md"]
+    targets = [(file.parent, target) for file in files for pair in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)", file.read_text(encoding="utf-8"))
+               for target in pair if target and "://" not in target]
+    assert len(targets) > 10 and [target for folder, target in targets if not (folder / target).exists()] == []

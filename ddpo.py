@@ -69,7 +69,8 @@ class Config:
     model: str = setting("CompVis/stable-diffusion-v1-4", "hub id or folder of a Stable Diffusion pipeline; paper: v1.4", "task")
     reward: str = setting("jpeg", "jpeg, incompressibility, aesthetic, imagereward, llava or path/to/file.py:function")
     reward_options: dict = setting(dict, "passed on to the reward")
-    prompts: str = setting("animals", "animals (45), activities (45 x 3), counting (n animals), a text file, or a prompt of several words; paper: ImageNet's 398 animals for JPEG, animals for aesthetic, activities for alignment")
+    prompts: str = setting("animals", "animals (45), activities (45 x 3), counting (n animals), a text file, or a prompt of several words; "
+                           "paper: ImageNet's 398 animals for JPEG, animals for aesthetic, activities for alignment")
     algo: str = setting("is", "DDPO_IS (clipped, several updates an epoch) or DDPO_SF (one update); paper: both", choices=("is", "sf"))
     samples_per_epoch: int = setting(256, "images an epoch; paper: 256", "sampling")
     steps: int = setting(50, "denoising steps; paper: 50")

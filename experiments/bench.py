@@ -37,8 +37,8 @@ UNETS = {"medium": {"sample_size": 32, "block_out_channels": (96, 192, 320), "la
 VAES = {"medium": {"block_out_channels": (32, 64), "norm_num_groups": 8}, "sd": {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}}
 SETTINGS = {"shapes": {"prompts": "shapes/prompts.txt", "samples_per_epoch": 64, "steps": 10, "batch": 64, "guidance": 2.0, "updates_per_epoch": 4},
             "medium": {"samples_per_epoch": 4, "steps": 5, "batch": 2, "updates_per_epoch": 2},
-            "sd": {"samples_per_epoch": 2, "steps": 2, "batch": 1, "updates_per_epoch": 2}}
-ON_GPU = {"samples_per_epoch": 16, "steps": 10, "batch": 8, "updates_per_epoch": 2}  # of the size sd
+            "sd": {"samples_per_epoch": 2, "steps": 2, "batch": 1, "guidance": 1.0, "updates_per_epoch": 2}}  # guidance would double each row
+ON_GPU = {"samples_per_epoch": 16, "steps": 10, "batch": 8, "guidance": 5.0}  # of the size sd
 
 
 def make_model(size):
@@ -201,7 +201,8 @@ def in_child(python, what, config, epochs):
 def child(what, settings, epochs):
     torch.set_num_threads(1)
     config = ddpo.Config(**settings)
-    found = [{"epoch": cost} for cost in train_trl(config, epochs)] if what == "trl" else measure(config, epochs, warm=1)
+    warm = int(epochs > 1)  # one epoch alone is for its memory
+    found = [{"epoch": cost} for cost in train_trl(config, epochs)] if what == "trl" else measure(config, epochs, warm=warm)
     print(json.dumps({"epochs": found, "memory_gb": ddpo.peak_memory(config.device),
                       "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}}))
 
@@ -271,7 +272,8 @@ def main():
         print(f"| {what} | {cost:.3g} | {ratio:.2f} | {to} |")
     print("peak memory, GB: " + ", ".join(f"{who} {gb:.2f}" for who, gb in memory.items()))
     machine = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else f"one thread of {platform.processor() or 'a CPU'}"
-    result = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv[1:]), "unit": unit,
+    command = ["PYTHON" if argument == options.peer else argument for argument in sys.argv[1:]]
+    result = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "command": " ".join(command), "unit": unit,
               "settings": settings, "rows": rows, "peak_memory_gb": memory, "versions": versions}
     marks = "".join(f"-{name}" for name in ("compile", "growth", "peer") if getattr(options, name))
     file = RESULTS / f"bench-{options.size}-{options.device.partition(':')[0]}-{options.precision}{marks}.json"

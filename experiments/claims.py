@@ -247,8 +247,9 @@ def verdict(effect, least):
     return "holds" if mean >= least and mean > reach else "**does not hold**" if mean + reach < least else "not shown"
 
 
-def tables(before, found):
-    """before {kind: scores of the pre-trained model}, found {run: scores of each seed} -> the README's tables."""
+# before {kind: scores of the pre-trained model}, found {run: scores of each seed} -> lines of the README's tables
+
+def claim_table(before, found):
     missing = 0
     yield "| paper | claim | effect | on `shapes/` | seeds | CPU minutes | runs, whose commands are below |\n|---|---|---|---|---|---|---|"
     for section, text, least, parts in claims(before, found):
@@ -267,6 +268,8 @@ def tables(before, found):
     if missing:
         yield f"\n{missing} more claims wait for their runs."
 
+
+def ddpo_table(before, found):
     columns = [("trained", what) for what in ("size", "strict", "diversity")] + [("unseen", "size")]
     yield "\n| `ddpo.py` on the 16 prompts | after epoch | size, kB | strict | diversity | size, captions never trained on |\n|---|---|---|---|---|---|"
     yield "| pre-trained | | " + " | ".join(f"{before['all'][where][what]:.2f}" for where, what in columns) + " |"
@@ -275,16 +278,21 @@ def tables(before, found):
             values = [spread(over_seeds(found, name, *column, epochs)) if column[0] in found[name][0]["stages"][epochs] else "" for column in columns]
             yield f"| `{shlex.join(RUNS[name][2])}` | {epochs} | " + " | ".join(values) + " |"
 
+
+def single_pass_table(before, found):
     yield ("\n| eight seeds | queries | updates | strict, count | size, `jpeg`, kB | strict, `jpeg` | KL, count | KL, `jpeg` | minutes, count | minutes, `jpeg` |\n"
            f"{'|---' * 10}|")
     for who, text, samples, updates in ("SF64", "DDPO_SF, `--single_pass`, 64 an epoch", 64, 1), ("IS256", "DDPO_IS, 256 an epoch", 256, 4):
         count, jpeg = f"{who} count", f"{who} jpeg"
         for epochs in STAGES[count] + (settings(count).epochs,) if {count, jpeg} <= found.keys() else ():
             values = [spread(over_seeds(found, name, what=what, epochs=epochs)) for name, what in ((count, "strict"), (jpeg, "size"), (jpeg, "strict"))]
-            values += [spread(np.array([scores["log"]["kl"][epochs - 1] for scores in found[name]])) for name in (count, jpeg)]
-            values += [f"{np.mean([sum(scores['log']['seconds'][:epochs]) for scores in found[name]]) / 60:.2f}" for name in (count, jpeg)]
+            logs = [[scores["log"] for scores in found[name]] for name in (count, jpeg)]
+            values += [spread(np.array([log["kl"][epochs - 1] for log in seeds])) for seeds in logs]
+            values += [f"{np.mean([sum(log['seconds'][:epochs]) for log in seeds]) / 60:.2f}" for seeds in logs]
             yield f"| {text} | {samples * epochs} | {updates * epochs} | " + " | ".join(values) + " |"
 
+
+def method_table(before, found):
     methods = [method for method in METHODS if any(f"{method} {kind}" in found for kind in KINDS)]
     yield (f"\n| strict accuracy | pre-trained | {' | '.join(methods)} | unseen partner, pre-trained | KL-O | RL | other prompts, pre-trained | RL |\n"
            f"{'|---' * (len(methods) + 7)}|")
@@ -295,12 +303,16 @@ def tables(before, found):
         other = [f"{before[kind]['other']['strict']:.2f}", spread(over_seeds(found, f"RL {kind}", "other"))]
         yield f"| {prompt} | {before[kind]['trained']['strict']:.2f} | " + " | ".join(tuned + unseen + other) + " |"
 
+
+def beta_table(before, found):
     columns = ("trained", "size"), ("other", "strict"), ("other", "diversity"), ("trained", "strict")
     yield "\n| `dpok.py --reward jpeg` | size, kB | strict, other prompts | diversity, other prompts | strict, its own prompt |\n|---|---|---|---|---|"
     yield "| pre-trained | " + " | ".join(f"{before['count'][where][what]:.2f}" for where, what in columns) + " |"
     for beta in (beta for beta in BETAS if f"jpeg beta {beta}" in found):
         yield f"| `--beta {beta}` | " + " | ".join(spread(over_seeds(found, f"jpeg beta {beta}", *column)) for column in columns) + " |"
 
+
+def run_table(before, found):
     yield "\n| runs | command, with `--device cpu --precision fp32` and `--seed` 0, 1, … | reward queries | updates | CPU minutes |\n|---|---|---|---|---|"
     for runs in dict.fromkeys(map(group, RUNS)):
         names = [name for name in RUNS if group(name) == runs]
@@ -311,6 +323,9 @@ def tables(before, found):
             command += shlex.join(RUNS[names[0]][2] if runs in METHODS else arguments(runs))
             yield f"| {runs} | `{command.strip()}` | " + " | ".join(f"{a:.4g}" if a == b else f"{a:.1f} to {b:.1f}" for a, b in ranges) + " |"
     yield f"| all {sum(map(len, found.values()))} | | | | {sum(scores['minutes'] for seeds in found.values() for scores in seeds):.0f} |"
+
+
+TABLES = claim_table, ddpo_table, single_pass_table, method_table, beta_table, run_table
 
 
 # ---------------------------------------------------------------- figures
@@ -406,7 +421,7 @@ def main():
     before = {kind: score_pretrained(kind) for kind in PROMPTS}
     found = {name: [load(FOLDER, name, seed) for seed in range(SEEDS[name])] for name in RUNS}
     found = {name: scores for name, scores in found.items() if all(scores)}
-    lines = list(tables(before, found))
+    lines = [line for table in TABLES for line in table(before, found)]
     print("\n".join(lines))
     RESULTS.mkdir(exist_ok=True)
     write(RESULTS / "claims.json", {"pre-trained": before, "runs": found, "tables": lines})

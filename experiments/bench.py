@@ -7,13 +7,15 @@ without, in one pass against two, with more samples, steps and rows, and against
     python experiments/bench.py --size medium --peer ENVIRONMENT/bin/python      TRL's too, where experiments/requirements-peer.txt is installed
 
 On a CPU a cost is CPU seconds of one thread, which other work on the machine disturbs least; on a GPU it is seconds. Each is a median over
-epochs, and what is compared takes turns. The peak of memory is that of a process that does nothing else (on a CPU with all it has imported).
+epochs, and what is compared takes turns, but for --growth. The peak of memory is that of a process that does nothing else (on a CPU with all it
+has imported).
 The results are in experiments/results/bench-<size>-<device>-<precision>.json.
 """
 import argparse
 import dataclasses
 import json
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -189,6 +191,14 @@ def train_trl(config, epochs):
     return marks[1:]
 
 
+def peak_memory(device):
+    """GB that this process took at most. On Linux getrusage's number is no less than that of the process that started it."""
+    status = Path("/proc/self/status")
+    if device.startswith("cuda") or not status.exists():
+        return ddpo.peak_memory(device)
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e9
+
+
 def in_child(python, what, config, epochs):
     """A measurement in a process of its own, so that its peak of memory is its own -> what `child` printed."""
     command = [python, __file__, "--child", json.dumps([what, dataclasses.asdict(config), epochs])]
@@ -203,7 +213,7 @@ def child(what, settings, epochs):
     config = ddpo.Config(**settings)
     warm = int(epochs > 1)  # one epoch alone is for its memory
     found = [{"epoch": cost} for cost in train_trl(config, epochs)] if what == "trl" else measure(config, epochs, warm=warm)
-    print(json.dumps({"epochs": found, "memory_gb": ddpo.peak_memory(config.device),
+    print(json.dumps({"epochs": found, "memory_gb": peak_memory(config.device),
                       "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}}))
 
 
@@ -218,15 +228,16 @@ def bench(config, options):
 
     two = dataclasses.replace(config, algo="sf", updates_per_epoch=1)
     one = dataclasses.replace(two, single_pass=True)
-    turns = [(measure(two, 1, warm=i == 0)[0], measure(one, 1, warm=i == 0)[0]) for i in range(options.epochs)]
+    turns = [[measure(c, 1, warm=int(config.compile or i == 0))[0] for c in (two, one)] for i in range(options.epochs)]
     for what, parts in {"an epoch": ["epoch"], "sampling and updates": ["sampling", "updates"]}.items():
         costs = [[sum(cost[part] for part in parts) for cost in turn] for turn in turns]
         yield f"{what}, DDPO_SF", statistics.median(a for a, _ in costs), 1.0, "DDPO_SF in two passes"
         yield f"{what}, DDPO_SF, --single_pass", statistics.median(b for _, b in costs), statistics.median(b / a for a, b in costs), "DDPO_SF in two passes"
     for name in ("samples_per_epoch", "steps", "batch") if options.growth else ():
         value = max(config.batch // 2, 1) if name == "batch" else 2 * getattr(config, name)
-        cost = median(measure(dataclasses.replace(config, **{name: value}), options.epochs), "epoch")
-        yield f"an epoch, {name} {value}, not {getattr(config, name)}", cost, cost / epoch, "an epoch, DDPO_IS"
+        if value != getattr(config, name):
+            cost = median(measure(dataclasses.replace(config, **{name: value}), options.epochs, warm=1), "epoch")
+            yield f"an epoch, {name} {value}, not {getattr(config, name)}", cost, cost / epoch, "an epoch, DDPO_IS"
 
 
 def bench_peer(config, options):
@@ -243,7 +254,7 @@ def bench_peer(config, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SETTINGS, default="shapes")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: cuda where there is one, but for --peer, otherwise cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--growth", action="store_true", help="also with twice the samples, twice the steps, half the rows")
@@ -253,6 +264,9 @@ def main():
     options = parser.parse_args()
     if options.child:
         return child(*json.loads(options.child))
+    options.device = options.device or ("cuda" if torch.cuda.is_available() and not options.peer else "cpu")
+    if not options.device.startswith(("cuda", "cpu")):
+        parser.error(f"device {options.device!r} is not measured; take cuda or cpu")
     if options.peer and (options.device, options.precision, options.compile) != ("cpu", "fp32", False):
         parser.error("peer is measured on a CPU in fp32 alone; leave --device, --precision and --compile out")
     torch.set_num_threads(1)
@@ -272,8 +286,8 @@ def main():
         print(f"| {what} | {cost:.3g} | {ratio:.2f} | {to} |")
     print("peak memory, GB: " + ", ".join(f"{who} {gb:.2f}" for who, gb in memory.items()))
     machine = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else f"one thread of {platform.processor() or 'a CPU'}"
-    command = ["PYTHON" if argument == options.peer else argument for argument in sys.argv[1:]]
-    result = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "command": " ".join(command), "unit": unit,
+    command = " ".join(sys.argv[1:]).replace(options.peer or "PYTHON", "PYTHON")
+    result = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "command": command, "unit": unit,
               "settings": settings, "rows": rows, "peak_memory_gb": memory, "versions": versions}
     marks = "".join(f"-{name}" for name in ("compile", "growth", "peer") if getattr(options, name))
     file = RESULTS / f"bench-{options.size}-{options.device.partition(':')[0]}-{options.precision}{marks}.json"

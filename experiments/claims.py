@@ -3,12 +3,13 @@
     python experiments/claims.py               everything, two runs at a time on two cores
     python experiments/claims.py --only count  the runs that have this in their name; then the tables of all that is finished
     python experiments/claims.py --quick       shorter runs of one seed, within ten minutes: trends, no verdicts
-What is finished is not repeated, so it may be stopped and started again; after a change of shapes/ or of the scripts delete runs/claims/.
+What is finished is not repeated, so it may be stopped and started again; after a change of shapes/ or of the scripts delete runs/.
 
 A run is `python ddpo.py` or `python dpok.py` with the arguments of RUNS, in runs/claims/<name>-<seed>/. The tuned model is then measured on
 images of seeds that no run has seen, the same for every model. `alignment` and `size` (of the JPEG, kB) are what runs are rewarded with;
 `strict`, with which none is, is the share of images that are just what their caption says; `diversity` is how far the images of one caption
-differ: the standard deviation of a pixel's value (0 to 1) between them. All numbers are in experiments/results/claims.json.
+differ: the standard deviation of a pixel's value (0 to 1) between them. Once all is finished the numbers, as claims.json, and the figures go to
+experiments/results/, until then to runs/claims/.
 """
 import argparse
 import contextlib
@@ -57,7 +58,7 @@ STUDENT = {5: 2.78, 8: 2.36}  # standard errors from 0 to the end of a 95 % inte
 # epochs after which a run is measured besides its last; 22 of SF64 take the time of 4 of IS256
 STAGES = {"DDPO jpeg": (12, 24, 36), "DDPO count": (24,)} | {f"{name} {kind}": (epochs,) for name, epochs in {"SF64": 22, "IS256": 4}.items()
                                                              for kind in ("count", "jpeg")}
-# prompts besides its own that a run is measured on, those that a claim asks for, by how its name begins
+# prompts besides its own that a run is measured on, those that a table asks for, by how its name begins
 ALSO = {"RL": ("unseen", "other"), "KL-O": ("unseen",), "jpeg": ("other",), "DDPO jpeg": ("unseen",), "DDPO incompressibility": ("unseen",)}
 PROMPTS = {kind: [prompt] for kind, prompt in KINDS.items()} | {"all": dpok.load_prompts("shapes/prompts.txt")}
 # for runs on one prompt: the prompts of shapes/ that no such run trains on and that are no unseen partner of theirs
@@ -99,14 +100,22 @@ def score(pipe, config, prompts, count):
             "size": rewards.jpeg_size(images).mean().item(), "diversity": pixels.std(1).mean().item(), "images": len(images)}
 
 
-def measure(kind, config, lora=None, also=("unseen", "other")):
-    """The pre-trained model, or a tuned one -> scores on the prompts of a kind and, as asked, on their unseen partners and on others."""
-    pipe, prompts = dpok.load_pipeline(config), PROMPTS[kind]
+def prompt_sets(kind, wanted=("unseen", "other")):
+    """The prompts of a kind and, as far as wanted and there, their unseen partners and others."""
+    sets = {"unseen": [dpok.UNSEEN[prompt] for prompt in PROMPTS[kind] if prompt in dpok.UNSEEN], "other": OTHER if kind in KINDS else []}
+    return {"trained": PROMPTS[kind]} | {name: sets[name] for name in wanted if sets[name]}
+
+
+def also(name):
+    return next((wanted for start, wanted in ALSO.items() if name.startswith(start)), ())
+
+
+def measure(sets, config, lora=None):
+    """The pre-trained model, or a tuned one -> its scores on sets of prompts."""
+    pipe = dpok.load_pipeline(config)
     if lora:
         dpok.load_lora(pipe.unet, lora)
-    unseen = [dpok.UNSEEN[prompt] for prompt in prompts if prompt in dpok.UNSEEN]
-    sets = {"trained": prompts, "unseen": unseen, "other": OTHER if kind in KINDS else []}
-    return {name: score(pipe, config, sets[name], 256 // len(sets[name])) for name in ("trained", *also) if sets[name]}
+    return {name: score(pipe, config, prompts, 256 // len(prompts)) for name, prompts in sets.items()}
 
 
 def read(file):
@@ -121,18 +130,21 @@ def score_pretrained(kind):
     """The scores of the pre-trained model; measured once."""
     file = FOLDER / f"pre-trained {kind}.json"
     if not file.exists():
-        write(file, measure(kind, settings(next(name for name in RUNS if RUNS[name][1] == kind))))
+        write(file, measure(prompt_sets(kind), settings(next(name for name in RUNS if RUNS[name][1] == kind))))
     return read(file)
 
 
 def finished(folder, name, config):
-    """Whether the run is there with these settings, wherever the project lay when it was made, and measured after all its stages."""
-    if not (folder / "measured.json").exists():
+    """Whether the run is there with these settings, wherever the project lay when it was made, and measured on all and after all its stages."""
+    script, kind, _ = RUNS[name]
+    try:
+        measured, ran = read(folder / "measured.json"), script.Config(**read(folder / "config.json"))
+    except (OSError, ValueError, TypeError):  # not there, cut short, or of an older Config
         return False
-    script, known = RUNS[name][0], {str(epochs) for epochs in STAGES.get(name, ()) if epochs < config.epochs}
     made, asked = ({name: Path(value).name if type(value) is str else value for name, value in dataclasses.asdict(c).items()
-                    if name not in ("out", "sample_every")} for c in (script.Config(**read(folder / "config.json")), config))
-    return made == asked and known <= read(folder / "measured.json").get("stages", {}).keys()
+                    if name not in ("out", "sample_every")} for c in (ran, config))
+    stages = {str(epochs) for epochs in STAGES.get(name, ()) if epochs < config.epochs}
+    return made == asked and stages <= measured.get("stages", {}).keys() and prompt_sets(kind, also(name)).keys() <= measured.keys()
 
 
 def run(folder, name, seed, **more):
@@ -145,11 +157,11 @@ def run(folder, name, seed, **more):
         if finished(folder, name, config):
             return
         shutil.rmtree(folder, ignore_errors=True)
-        scores, also = {"stages": {}}, next((sets for start, sets in ALSO.items() if name.startswith(start)), ())
+        scores = {"stages": {}}
         for epochs in (*STAGES.get(name, ()), config.epochs):
             if epochs <= config.epochs:
                 script.train(dataclasses.replace(config, epochs=epochs, resume=str(folder) if scores["stages"] else ""))
-                scores["stages"][epochs] = measure(kind, config, folder / "lora", also if epochs == config.epochs else ())
+                scores["stages"][epochs] = measure(prompt_sets(kind, also(name) if epochs == config.epochs else ()), config, folder / "lora")
     write(folder / "measured.json", scores["stages"][config.epochs] | scores)
 
 
@@ -167,17 +179,20 @@ def load(folder, name, seed, **more):
 
 
 def run_all(folder, jobs, at_once):
-    """jobs [(run, seed, further settings)]; those that fail are named at the end."""
+    """jobs [(run, seed, further settings)] -> how many failed; they are named as they do."""
+    failed = 0
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(at_once) as pool:
         try:
             waiting = {pool.submit(run, folder, name, seed, **more): f"{name}, seed {seed}" for name, seed, more in jobs}
             for job in tqdm(as_completed(waiting), "runs", len(jobs)):
                 if job.exception():
+                    failed += 1
                     tqdm.write(f"{waiting[job]} failed: {job.exception()}", file=sys.stderr)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return failed
 
 
 # ---------------------------------------------------------------- verdicts and tables
@@ -216,7 +231,7 @@ def claims(before, found):
     yield "DDPO 6.1", "DDPO_IS with 64 samples and four updates an epoch is better than DDPO_SF with 64 and one, on as many reward queries", 0, {
         "count, strict accuracy": versus("DDPO count", "SF64 count", epochs=(24, None)),
         "`jpeg`, kB": versus("SF64 jpeg", "DDPO jpeg", **size, epochs=(None, 24))}
-    for text, epochs in {"on as many queries and updates": (None, None), "in the same time, 22 epochs against 4": (22, 4)}.items():
+    for text, epochs in {"on as many queries and updates": (None, None), "in about the same time, 22 epochs against 4": (22, 4)}.items():
         yield "", f"DDPO_SF with 64 samples and one update an epoch is better than DDPO_IS with 256 and four, {text}", 0, {
             "count, strict accuracy": versus("SF64 count", "IS256 count", epochs=epochs),
             "`jpeg`, kB": versus("IS256 jpeg", "SF64 jpeg", **size, epochs=epochs[::-1])}
@@ -228,17 +243,17 @@ def claims(before, found):
         text: ([name], 0.1 + gain(name, epochs=epochs)) for text, (name, epochs) in remedies.items()}
     yield "DDPO A", "… and files still shrink, kB", 0, {text: ([name], -gain(name, **size, epochs=epochs)) for text, (name, epochs) in remedies.items()}
     yield "DPOK 5.2, 5.4", "DPOK raises strict accuracy by 0.15 or more", 0.15, {kind: ([f"RL {kind}"], gain(f"RL {kind}")) for kind in KINDS}
-    for other, who in {"KL-O": "supervised training, KL-O,", "KL-D": "supervised training, KL-D,", "DDPO": "DDPO"}.items():
+    for other, who in {"KL-O": "KL-O, supervised, as set up here,", "KL-D": "KL-D, supervised, as set up here,", "DDPO": "DDPO"}.items():
         yield "DPOK 5.2" if other != "DDPO" else "", f"DPOK is better than {who} on as many reward queries, strict accuracy", 0, {
             kind: versus(f"RL {kind}", f"{other} {kind}") for kind in KINDS if f"{other} {kind}" in RUNS}
     yield "DPOK Fig. 10", "DPOK raises prompts never trained on, their unseen partners, strict accuracy", 0, {
         kind: ([f"RL {kind}"], gain(f"RL {kind}", "unseen")) for kind in KINDS if "unseen" in before[kind]}
     yield "DDPO 6.3", "DDPO on `jpeg` makes files of captions never trained on smaller, kB", 0, {"": (["DDPO jpeg"], -gain("DDPO jpeg", "unseen", "size"))}
     free, held = "jpeg beta 0", f"jpeg beta {BETAS[-1]}"
-    yield "DPOK 5.3", "DPOK on `jpeg`, β 0: strict accuracy of other prompts is lost, 0.15 or more", 0.15, {"": ([free], -gain(free, "other"))}
-    yield "DPOK 5.3", f"… β {BETAS[-1]}: less than 0.1 is lost (0.1 − the loss)", 0, {"": ([held], 0.1 + gain(held, "other"))}
-    yield "DPOK 5.3", "… and files still shrink, kB", 0, {"": ([held], -gain(held, **size))}
-    yield "DPOK 5.3", "… and other prompts stay more diverse than with β 0", 0, {"": versus(held, free, "other", "diversity")}
+    yield "after DPOK 5.3", "DPOK on `jpeg`, β 0: strict accuracy of other prompts is lost, 0.15 or more", 0.15, {"": ([free], -gain(free, "other"))}
+    yield "after DPOK 5.3", f"… β {BETAS[-1]}: less than 0.1 is lost (0.1 − the loss)", 0, {"": ([held], 0.1 + gain(held, "other"))}
+    yield "after DPOK 5.3", "… and files still shrink, kB", 0, {"": ([held], -gain(held, **size))}
+    yield "after DPOK 5.3", "… and other prompts stay more diverse than with β 0", 0, {"": versus(held, free, "other", "diversity")}
 
 
 def verdict(effect, least):
@@ -251,7 +266,7 @@ def verdict(effect, least):
 
 def claim_table(before, found):
     missing = 0
-    yield "| paper | claim | effect | on `shapes/` | seeds | CPU minutes | runs, whose commands are below |\n|---|---|---|---|---|---|---|"
+    yield "| paper | claim | effect | on `shapes/` | seeds | minutes of one core | runs (commands: experiments/README.md) |\n|---|---|---|---|---|---|---|"
     for section, text, least, parts in claims(before, found):
         judged = {label: verdict(effect, least) for label, (_, effect) in parts.items() if np.isfinite(effect).all()}
         if not judged:
@@ -294,7 +309,9 @@ def single_pass_table(before, found):
 
 def method_table(before, found):
     methods = [method for method in METHODS if any(f"{method} {kind}" in found for kind in KINDS)]
-    yield (f"\n| strict accuracy | pre-trained | {' | '.join(methods)} | unseen partner, pre-trained | KL-O | RL | other prompts, pre-trained | RL |\n"
+    if not methods:
+        return
+    yield (f"\n| strict accuracy | pre-trained | {' | '.join(methods)} | unseen partner: pre-trained | unseen: KL-O | unseen: RL | other prompts: pre-trained | other: RL |\n"
            f"{'|---' * (len(methods) + 7)}|")
     for kind, prompt in KINDS.items():
         tuned = [spread(over_seeds(found, f"{method} {kind}")) for method in methods]
@@ -313,7 +330,7 @@ def beta_table(before, found):
 
 
 def run_table(before, found):
-    yield "\n| runs | command, with `--device cpu --precision fp32` and `--seed` 0, 1, … | reward queries | updates | CPU minutes |\n|---|---|---|---|---|"
+    yield "\n| runs | command, with `--device cpu --precision fp32` and `--seed` 0, 1, … | reward queries | updates | minutes of one core |\n|---|---|---|---|---|"
     for runs in dict.fromkeys(map(group, RUNS)):
         names = [name for name in RUNS if group(name) == runs]
         seeds = [scores for name in names for scores in found.get(name, [])]
@@ -330,17 +347,17 @@ TABLES = claim_table, ddpo_table, single_pass_table, method_table, beta_table, r
 
 # ---------------------------------------------------------------- figures
 
-def curve(axis, found, name, label, x="reward_queries", y="reward_mean"):
-    """Mean and standard error over seeds along training."""
+def curve(axis, found, name, label):
+    """Reward against reward queries: mean and standard error over seeds."""
     logs = [scores["log"] for scores in found.get(name, [])]
     if logs:
-        values = np.array([log[y] for log in logs])
+        values = np.array([log["reward_mean"] for log in logs])
         mean, error = values.mean(0), standard_error(values)
-        axis.plot(logs[0][x], mean, label=label)
-        axis.fill_between(logs[0][x], mean - error, mean + error, alpha=0.3)
+        axis.plot(logs[0]["reward_queries"], mean, label=label)
+        axis.fill_between(logs[0]["reward_queries"], mean - error, mean + error, alpha=0.3)
 
 
-def draw_figures(before, found):
+def draw_figures(folder, before, found):
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for axis, (title, label, runs) in zip(axes, [
             ("jpeg", "reward, -kB", {"DDPO jpeg": "DDPO_IS", "IS256 jpeg": "DDPO_IS, 256 an epoch", "SF64 jpeg": "DDPO_SF",
@@ -353,7 +370,7 @@ def draw_figures(before, found):
         axis.set(title=title, xlabel="reward queries", ylabel=label)
         if axis.lines:
             axis.legend()
-    figure.savefig(RESULTS / "curves.png", dpi=100)
+    figure.savefig(folder / "curves.png", dpi=100)
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
     methods = ["pre-trained", *(method for method in METHODS if any(f"{method} {kind}" in found for kind in KINDS))]
@@ -363,7 +380,7 @@ def draw_figures(before, found):
             axis.bar(np.arange(len(KINDS)) + i * 0.16, [v.mean() for v in values], 0.15, yerr=[standard_error(v) for v in values], label=method)
         axis.set(title=f"{what}, {'judged by' if what == 'strict' else 'rewarded'}", xticks=np.arange(len(KINDS)) + 0.08 * (len(methods) - 1), xticklabels=KINDS)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
-    figure.savefig(RESULTS / "methods.png", dpi=100)
+    figure.savefig(folder / "methods.png", dpi=100)
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for beta in (beta for beta in BETAS if f"jpeg beta {beta}" in found):
@@ -375,8 +392,9 @@ def draw_figures(before, found):
     axes[1].plot(-before["count"]["trained"]["size"], before["count"]["other"]["strict"], "*", color="black", markersize=12)
     axes[0].set(title="rounds of all seeds; ringed: the end, as measured", xlabel="KL to the pre-trained model, a step", ylabel="reward, −kB", xscale="log")
     axes[1].set(title="what it costs; star: pre-trained", xlabel="reward, −kB", ylabel="strict, other prompts")
-    axes[0].legend()
-    figure.savefig(RESULTS / "frontier.png", dpi=100)
+    if axes[0].lines:
+        axes[0].legend()
+    figure.savefig(folder / "frontier.png", dpi=100)
 
 
 def draw_images(file, title, rows, prompts, count):
@@ -390,22 +408,40 @@ def draw_images(file, title, rows, prompts, count):
             images, texts = draw(pipe, config, [prompt], count)
             cells += images
             captions += [f"{right:.0f} {text}" for right, text in zip(shapes_reward.strict(images, texts), texts)]
-    dpok.draw_samples(RESULTS / file, title, cells, captions, columns=len(prompts) * count, size=160, text=10)
+    dpok.draw_samples(file, title, cells, captions, columns=len(prompts) * count, size=160, text=10)
 
 
-def quick(jobs):
-    """Trends only."""
+def draw_all_images(folder, found):
+    """Figures of images, as far as their runs are finished; the grids that the scripts left are of seed 0."""
+    kinds, betas = list(KINDS)[:4], [beta for beta in BETAS if f"jpeg beta {beta}" in found]
+    supervised, rl = ([f"{method} {kind}" for kind in kinds] for method in ("KL-O", "RL"))
+    if {*supervised, *rl} <= found.keys():
+        draw_images(folder / "dpok-methods.png", "rows: pre-trained, supervised (KL-O), RL; 1 is strictly right", [[None] * 4, supervised, rl],
+                    [KINDS[kind] for kind in kinds], 2)
+    if betas:
+        title = f"reward jpeg on one prompt, images of others; rows: pre-trained, {', '.join(f'beta {beta}' for beta in betas)}"
+        draw_images(folder / "dpok-beta.png", title, [[None] * 5, *([f"jpeg beta {beta}"] * 5 for beta in betas)], OTHER[::2][:5], 2)
+    for name, (run, picture) in {"ddpo-jpeg": ("DDPO jpeg", "progress"), "ddpo-alignment": ("DDPO count", "comparison"),
+                                 "ddpo-jpeg-kl": ("DDPO jpeg kl_weight", "comparison"), "dpok-bias": ("RL bias", "progress")}.items():
+        if run in found:
+            shutil.copy(FOLDER / f"{run}-0" / f"{picture}.png", folder / f"{name}.png")
+
+
+def quick(at_once):
+    """Trends only -> how many runs failed."""
     folder = HERE.parent / "runs" / "claims-quick"
-    run_all(folder, [(name, 0, {"epochs": epochs}) for name, epochs in QUICK.items()], jobs)
+    failed = run_all(folder, [(name, 0, {"epochs": epochs}) for name, epochs in QUICK.items()], at_once)
     print("one seed, short runs: trends, no verdicts\n\n| run | epochs | size, kB | strict | minutes |\n|---|---|---|---|---|")
     for name, epochs in QUICK.items():
-        scores, kind = load(folder, name, 0, epochs=epochs), RUNS[name][1]
-        start = score_pretrained(kind)["trained"]
-        pairs = " | ".join(f"{start[what]:.2f} → {scores['trained'][what]:.2f}" for what in ("size", "strict"))
-        print(f"| {name} | {epochs} | {pairs} | {scores['minutes']:.1f} |")
+        scores, start = load(folder, name, 0, epochs=epochs), score_pretrained(RUNS[name][1])["trained"]
+        if scores:
+            pairs = " | ".join(f"{start[what]:.2f} → {scores['trained'][what]:.2f}" for what in ("size", "strict"))
+            print(f"| {name} | {epochs} | {pairs} | {scores['minutes']:.1f} |")
+    return failed
 
 
 def main():
+    """Exit status 1 if a run failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="")
     parser.add_argument("--quick", action="store_true")
@@ -413,32 +449,24 @@ def main():
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     if options.quick:
-        return quick(options.jobs)
+        return int(quick(options.jobs) > 0)
     jobs = [(name, seed, {}) for seed in range(8) for name in RUNS if options.only in name and seed < SEEDS[name]]
     if not jobs:
         parser.error(f"only {options.only!r} is in the name of no run; the runs are {', '.join(RUNS)}")
-    run_all(FOLDER, jobs, options.jobs)
+    failed = run_all(FOLDER, jobs, options.jobs)
     before = {kind: score_pretrained(kind) for kind in PROMPTS}
     found = {name: [load(FOLDER, name, seed) for seed in range(SEEDS[name])] for name in RUNS}
     found = {name: scores for name, scores in found.items() if all(scores)}
+    folder = RESULTS if found.keys() == RUNS.keys() else FOLDER
     lines = [line for table in TABLES for line in table(before, found)]
     print("\n".join(lines))
-    RESULTS.mkdir(exist_ok=True)
-    write(RESULTS / "claims.json", {"pre-trained": before, "runs": found, "tables": lines})
-    draw_figures(before, found)
-    kinds, betas = list(KINDS)[:4], [beta for beta in BETAS if f"jpeg beta {beta}" in found]
-    supervised, rl = ([f"{method} {kind}" for kind in kinds] for method in ("KL-O", "RL"))
-    if {*supervised, *rl} <= found.keys():
-        draw_images("dpok-methods.png", "rows: pre-trained, supervised (KL-O), RL; 1 is strictly right", [[None] * 4, supervised, rl],
-                    [KINDS[kind] for kind in kinds], 2)
-    if betas:
-        draw_images("dpok-beta.png", f"reward jpeg on one prompt, images of others; rows: pre-trained, {', '.join(f'beta {beta}' for beta in betas)}",
-                    [[None] * 5, *([f"jpeg beta {beta}"] * 5 for beta in betas)], OTHER[::2][:5], 2)
-    for name, (run, picture) in {"ddpo-jpeg": ("DDPO jpeg", "progress"), "ddpo-alignment": ("DDPO count", "comparison"),
-                                 "ddpo-jpeg-kl": ("DDPO jpeg kl_weight", "comparison"), "dpok-bias": ("RL bias", "progress")}.items():
-        if run in found:
-            shutil.copy(FOLDER / f"{run}-0" / f"{picture}.png", RESULTS / f"{name}.png")
+    folder.mkdir(exist_ok=True)
+    write(folder / "claims.json", {"pre-trained": before, "runs": found, "tables": lines})
+    draw_figures(folder, before, found)
+    draw_all_images(folder, found)
+    print(f"numbers and figures are in {folder}")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Draws, captions and pretrains the pipeline in this folder: a StableDiffusionPipeline, some 700 times smaller than the real one.
 
-    python shapes/make_shapes.py                 about 45 minutes on one CPU core; rewrites the folder's weights
+    python shapes/make_shapes.py                 about 50 minutes on one CPU core; rewrites the folder's weights
     python shapes/make_shapes.py --evaluate      how often it draws what the caption says, and a grid to look at
 
 Images are 64 x 64, latents 4 x 8 x 8 (f = 8, as in Stable Diffusion): coloured shapes on plain or chequered grounds. Captions come in the four

@@ -7,8 +7,7 @@ without, in one pass against two, with more samples, steps and rows, and against
     python experiments/bench.py --size medium --peer ENVIRONMENT/bin/python      TRL's too, where experiments/requirements-peer.txt is installed
 
 On a CPU a cost is CPU seconds of one thread, which other work on the machine disturbs least; on a GPU it is seconds. Each is a median over
-epochs, and what is compared takes turns, but for --growth. The peak of memory is that of a process that does nothing else (on a CPU with all it
-has imported).
+epochs, and what is compared takes turns. The peak of memory is that of a process that does nothing else (on a CPU with all it has imported).
 The results are in experiments/results/bench-<size>-<device>-<precision>.json.
 """
 import argparse
@@ -118,7 +117,7 @@ class Bare:
 
 def measure(config, epochs, bare=False, warm=0):
     """Train, without pictures; after each epoch, but for those that warm up, do its bare calls if asked
-    -> [{"epoch": cost, "sampling": cost, ..., "bare": cost}]."""
+    -> [{"epoch": cost, "sampling": cost, "decoding": cost, ..., "bare": cost}]."""
     spent, found, pipes, device = {}, [], [], config.device
     names = {"sample": "sampling", "descend": "updates", "mean_kl": "kl"}
     originals = {name: getattr(ddpo, name) for name in (*names, "load_pipeline", "log_epoch", "show_samples", "draw_summary", "start_run")}
@@ -126,10 +125,12 @@ def measure(config, epochs, bare=False, warm=0):
 
     def load_pipeline(config):
         pipes.append(originals["load_pipeline"](config))
+        pipes[0].vae.decode = timed(pipes[0].vae.decode, spent, "decoding", device)
         return pipes[0]
 
     def log_epoch(folder, row, writer):  # called at the end of each epoch
         cost = clock(device) - spent.pop("started")
+        spent["sampling"] -= spent["decoding"]
         if row["epoch"] > warm:
             found.append({"epoch": cost, **spent, "bare": 0.0})
             if bare:
@@ -219,25 +220,25 @@ def child(what, settings, epochs):
 
 def bench(config, options):
     """-> the table's rows: (what, cost, its ratio to something, of what)."""
-    found = measure(config, options.epochs, bare=True, warm=1)
+    warm = int(options.size != "sd" or config.device != "cpu")  # an epoch of minutes needs no warming up
+    found = measure(config, options.epochs, bare=True, warm=warm)
     epoch = median(found, "epoch")
     yield "an epoch, DDPO_IS", epoch, statistics.median(e["epoch"] / e["bare"] for e in found), "the bare calls"
-    for part in ("sampling", "reward", "updates", "kl"):
+    for part in ("sampling", "decoding", "reward", "updates", "kl"):
         yield f"of it {part}", median(found, part), median(found, part) / epoch, "the epoch"
     yield "the bare calls of UNet and VAE", median(found, "bare"), 1.0, "the bare calls"
 
     two = dataclasses.replace(config, algo="sf", updates_per_epoch=1)
     one = dataclasses.replace(two, single_pass=True)
-    turns = [[measure(c, 1, warm=int(config.compile or i == 0))[0] for c in (two, one)] for i in range(options.epochs)]
+    turns = [[measure(c, 1, warm=warm * int(config.compile or i == 0))[0] for c in (two, one)] for i in range(options.epochs)]
     for what, parts in {"an epoch": ["epoch"], "sampling and updates": ["sampling", "updates"]}.items():
         costs = [[sum(cost[part] for part in parts) for cost in turn] for turn in turns]
         yield f"{what}, DDPO_SF", statistics.median(a for a, _ in costs), 1.0, "DDPO_SF in two passes"
         yield f"{what}, DDPO_SF, --single_pass", statistics.median(b for _, b in costs), statistics.median(b / a for a, b in costs), "DDPO_SF in two passes"
     for name in ("samples_per_epoch", "steps", "batch") if options.growth else ():
-        value = max(config.batch // 2, 1) if name == "batch" else 2 * getattr(config, name)
-        if value != getattr(config, name):
-            cost = median(measure(dataclasses.replace(config, **{name: value}), options.epochs, warm=1), "epoch")
-            yield f"an epoch, {name} {value}, not {getattr(config, name)}", cost, cost / epoch, "an epoch, DDPO_IS"
+        before, after = getattr(config, name), max(config.batch // 2, 1) if name == "batch" else 2 * getattr(config, name)
+        turns = [[measure(dataclasses.replace(config, **{name: n}), 1, warm=warm)[0]["epoch"] for n in (before, after)] for _ in range(options.epochs)]
+        yield f"an epoch, {name} {after}", statistics.median(b for _, b in turns), statistics.median(b / a for a, b in turns), f"{name} {before}"
 
 
 def bench_peer(config, options):

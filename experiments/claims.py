@@ -447,6 +447,7 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # here as in the runs
     FOLDER.mkdir(parents=True, exist_ok=True)
     if options.quick:
         return int(quick(options.jobs) > 0)

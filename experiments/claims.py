@@ -47,8 +47,11 @@ BETAS = "0", "0.1", "0.5"
 RUNS = {f"{method} {kind}": (script, kind, arguments) for method, (script, arguments) in METHODS.items() for kind in KINDS
         if kind != "bias" or method == "RL"}
 for name, (kind, reward) in {"count": ("count", ALIGNMENT), "jpeg": ("all", ["--reward", "jpeg"])}.items():  # as many queries and updates
-    RUNS |= {f"SF64 {name}": (ddpo, kind, [*reward, "--epochs", "24", "--buffer_size", "64", "--algo", "sf", "--single_pass"]),
-             f"IS256 {name}": (ddpo, kind, [*reward, "--epochs", "6", "--buffer_size", "256", "--samples_per_epoch", "256"])}
+    sf = [*reward, "--epochs", "24", "--buffer_size", "64", "--algo", "sf", "--single_pass"]
+    ppo = [*reward, "--epochs", "6", "--buffer_size", "256", "--samples_per_epoch", "256"]
+    RUNS |= {f"SF64 {name}": (ddpo, kind, sf), f"lr 1e-3 SF64 {name}": (ddpo, kind, [*sf, "--lr", "1e-3"]),
+             f"IS256 {name}": (ddpo, kind, ppo), f"unclipped IS256 {name}": (ddpo, kind, [*ppo, "--clip_range", "1000"])}
+RUNS |= {f"no value {kind}": (dpok, kind, ["--no-value"]) for kind in ("count", "location")}
 RUNS |= {f"jpeg beta {beta}": (dpok, "count", ["--reward", "jpeg", "--beta", beta]) for beta in BETAS}
 RUNS |= {f"DDPO {name}": (ddpo, "all", ["--reward", *arguments]) for name, arguments in {
     "jpeg": ["jpeg"], "incompressibility": ["incompressibility", "--epochs", "30"],
@@ -246,6 +249,8 @@ def claims(before, found):
     for other, who in {"KL-O": "KL-O, supervised, as set up here,", "KL-D": "KL-D, supervised, as set up here,", "DDPO": "DDPO"}.items():
         yield "DPOK 5.2" if other != "DDPO" else "", f"DPOK is better than {who} on as many reward queries, strict accuracy", 0, {
             kind: versus(f"RL {kind}", f"{other} {kind}") for kind in KINDS if f"{other} {kind}" in RUNS}
+    yield "DPOK A.5", "DPOK is better with the value function, centred, than with no baseline (`--no-value`), strict accuracy", 0, {
+        kind: versus(f"RL {kind}", f"no value {kind}") for kind in KINDS if f"no value {kind}" in RUNS}
     yield "DPOK Fig. 10", "DPOK raises prompts never trained on, their unseen partners, strict accuracy", 0, {
         kind: ([f"RL {kind}"], gain(f"RL {kind}", "unseen")) for kind in KINDS if "unseen" in before[kind]}
     yield "DDPO 6.3", "DDPO on `jpeg` makes files of captions never trained on smaller, kB", 0, {"": (["DDPO jpeg"], -gain("DDPO jpeg", "unseen", "size"))}
@@ -297,9 +302,11 @@ def ddpo_table(before, found):
 def single_pass_table(before, found):
     yield ("\n| eight seeds | queries | updates | strict, count | size, `jpeg`, kB | strict, `jpeg` | KL, count | KL, `jpeg` | minutes, count | minutes, `jpeg` |\n"
            f"{'|---' * 10}|")
-    for who, text, samples, updates in ("SF64", "DDPO_SF, `--single_pass`, 64 an epoch", 64, 1), ("IS256", "DDPO_IS, 256 an epoch", 256, 4):
+    for who, text, samples, updates in (
+            ("SF64", "DDPO_SF, `--single_pass`, 64 an epoch", 64, 1), ("IS256", "DDPO_IS, 256 an epoch", 256, 4),
+            ("lr 1e-3 SF64", "DDPO_SF with `--lr 1e-3`, five seeds", 64, 1), ("unclipped IS256", "DDPO_IS with `--clip_range 1000`, five seeds", 256, 4)):
         count, jpeg = f"{who} count", f"{who} jpeg"
-        for epochs in STAGES[count] + (settings(count).epochs,) if {count, jpeg} <= found.keys() else ():
+        for epochs in STAGES.get(count, ()) + (settings(count).epochs,) if {count, jpeg} <= found.keys() else ():
             values = [spread(over_seeds(found, name, what=what, epochs=epochs)) for name, what in ((count, "strict"), (jpeg, "size"), (jpeg, "strict"))]
             logs = [[scores["log"] for scores in found[name]] for name in (count, jpeg)]
             values += [spread(np.array([log["kl"][epochs - 1] for log in seeds])) for seeds in logs]

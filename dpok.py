@@ -1,346 +1,206 @@
-"""DPOK: Reinforcement Learning for Fine-tuning Text-to-Image Diffusion Models (Fan et al., NeurIPS 2023, arXiv:2305.16381v3), to be read beside it.
+"""DPOK: Reinforcement Learning for Fine-tuning Text-to-Image Diffusion Models (Fan et al., NeurIPS 2023,
+arXiv:2305.16381v3). The MDP is DDPO's (Eq. 4), with z for the prompt c.
 
-The process is DDPO's (Eq. 4), with z for the prompt. `--algo rl` is Algorithm 1: objective (8), reward and KL to the pre-trained model, by the
-gradient (9), with the value function of A.5 and the clipped ratio of A.6. `--algo sft` is Algorithm 2, the supervised baseline of section
-4.2, on as many reward queries. `diff ddpo.py dpok.py` shows what DPOK changes.
+`--algo rl` is Algorithm 1: objective (8), reward and KL to the pre-trained model, by gradient (9), with the
+value function of A.5 and the clipped ratio of A.6. `--algo sft` is Algorithm 2, supervised, at equal reward
+queries. `diff ddpo.py dpok.py` shows what DPOK changes.
 
-    python dpok.py                     on a CUDA GPU Stable Diffusion v1.5, elsewhere the small model in shapes/, within minutes
-    python dpok.py --help              every setting, with the published value
+    python dpok.py         # Stable Diffusion v1.5 on a CUDA GPU, elsewhere the model in shapes/
+    python dpok.py --help  # every setting, with the published value
 
-What differs from the paper or from the released code, and why:
-- (9) leaves out a part of the KL's gradient, the second sum of Eq. 16: later KLs as rewards for earlier steps. So does this file.
-- The KL is Lemma 4.2's, exact, at x_t from the policy that sampled: on policy at a round's first update only. The released code has the
-  plain squared difference of the noises instead; the exact weight is 0.07 to 5.4 times that along Stable Diffusion's 50 steps.
-- log p and KL are means over the latent and over rows, as in the released code; `log_prob` says what that does to the clip range.
-- Eq. 25 is printed as the gradient; with one ratio a step it is that only at theta_old. Eq. 26 prints its bounds the other way round.
-- An update sees rows of its own round, none again before all have had their turn: drawn with replacement they are noisier. The released code
-  keeps 1,000, two rounds, half of which have a ratio off 1 from the start.
-- Rows an update: 32, the paper's, not the code's 48. Weight decay: 0.01, AdamW's default, which the paper says it uses; the code has 0.
-- Steps, guidance, eta and rank are not in the paper but in the code. V is fitted after the policy, on all rows at once, so that it has not seen
-  the rewards it is subtracted from (the code: before, on 1,280 random rows). It then lags behind a policy that learns fast, and advantages
-  of one sign make a gradient that is mostly noise: r - V is therefore centred over the round. V's text input is the pooled embedding
-  without a projection.
-- sft, for which no code was released: t is uniform on the sampler's steps but the last, sigma the sampler's, f the guided prediction; as many
-  updates as rl (the paper: 8,000, not 10,000). (12) holds only with twice gamma in its second term; (13) drops the factor that turns the
-  error of x_0 into that of the step's mean.
-
-The numbers of a run: reward_mean rises (with sft it is the data's, and stands still). ratio_deviation, before a round's first update, is 0 but
-for rounding. clipped is well under 1. value_error falls below the square of reward_std. kl, with sft at states of p_pre, grows slowly: a jump
-is a collapse. grad_norm keeps its size. The loss says nothing about progress and is not shown.
+What differs from the paper or the released code, and why:
+1. (9) leaves out part of the KL's gradient, the second sum of Eq. 16: later KLs as rewards of earlier steps.
+2. The KL is Lemma 4.2's, as a mean over the latent, like log p (see `log_prob`). The released code has the
+   squared difference of the noises: the exact weight is 0.07 to 5.4 times that along the 50 steps.
+3. Eq. 25 is printed as an equality; with one ratio a step it is one only at theta = theta_old. Eq. 26 has the
+   bounds of its clip the other way round.
+4. An update's pairs (i, k) are of its own epoch; the released code keeps those of two.
+5. V is fitted after the policy, so that it has not seen the rewards it is subtracted from (code: before). It
+   lags behind, and advantages of one sign are mostly noise: r - V is centred.
+6. Algorithm 2 was not released. Here t is any step of the sampler but the last, sigma the sampler's, f the
+   guided prediction. (12) holds only with twice gamma in its second term, and (13) drops a factor of t.
 """
-import argparse
-import csv
 import dataclasses
-import functools
-import io
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import time
-import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import diffusers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
-from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from tqdm import tqdm
+from transformers import HfArgumentParser
 
 import rewards
 
-# Shapes: N samples an epoch, B rows of one UNet call, K denoising steps, L text tokens of width E; a latent is (4, H, W).
+# N samples an epoch, B in one UNet call, K denoising steps, L text tokens of width E; a latent is (4, H, W).
 # t is the scheduler's timestep (981, 961, ..., 1), k the number of the step (0, 1, ..., K - 1).
 
+SCRIPT, torchrun = Path(__file__).stem, os.environ if "LOCAL_RANK" in os.environ else {}
+RANK, WORLD = int(torchrun.get("RANK", 0)), int(torchrun.get("WORLD_SIZE", 1))  # this process, and how many
 
-def setting(default, help, group=None, zero=False, choices=None):
-    """A field of Config: its default, the text of its flag, the group of flags that it opens, whether it may be 0, what may be chosen."""
-    kind = {"default_factory": dict} if default is dict else {"default": default}
-    return dataclasses.field(**kind, metadata={"help": help, "group": group, "zero": zero, "choices": choices})
+
+def setting(default, help):
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclasses.dataclass
 class Config:
-    """Settings of a run. The defaults are those for one prompt: the paper's (section 5.2, appendix B), or where it has none the released code's."""
-    model: str = setting("stable-diffusion-v1-5/stable-diffusion-v1-5", "hub id or folder of a Stable Diffusion pipeline; paper: v1.5", "task")
-    reward: str = setting("imagereward", "imagereward, aesthetic, llava, jpeg, incompressibility or path/to/file.py:function; paper: ImageReward")
-    reward_options: dict = setting(dict, "passed on to the reward")
-    prompts: str = setting("color", "color, count, composition, location, roses (the paper's), shapes (four for the small model), a text file, or a prompt of several words")
-    unseen: str = setting("", "prompts evaluated but never trained on, given like --prompts; default: the partners of known prompts (Fig. 10)")
-    algo: str = setting("rl", "Algorithm 1 (rl) or 2 (sft)", choices=("rl", "sft"))
-    samples_per_epoch: int = setting(10, "images a round, m; paper: 10", "sampling")
+    """Defaults are the paper's for one prompt (5.2, appendix B), where it has none the released code's."""
+    model: str = setting("stable-diffusion-v1-5/stable-diffusion-v1-5", "hub id or folder; paper: v1.5")
+    reward: str = setting("imagereward", "imagereward, aesthetic, llava, jpeg, ..., file.py:function")
+    reward_options: list[str] = dataclasses.field(default_factory=list, metadata={"help": "KEY=VALUE ..."})
+    prompts: str = setting("color", "color, count, composition, location, roses, a text file, or a phrase")
+    unseen: str = setting("", "prompts to evaluate only; default: those of Fig. 10")
+    algo: Literal["rl", "sft"] = setting("rl", "Algorithm 1 (rl) or 2 (sft)")
+    epochs: int = setting(2000, "paper: 2000")
+    samples_per_epoch: int = setting(10, "images an epoch, m; paper: 10")
+    updates_per_epoch: int = setting(5, "optimiser steps an epoch; paper: 5")
+    update_batch: int | None = setting(None, "pairs (i, k) of an update, n; paper: 32, for sft 128; code: 48")
+    batch: int = setting(2, "samples of one UNet call, before guidance doubles them")
+    alpha: float = setting(10.0, "weight of the reward; paper: 10")
+    beta: float = setting(0.01, "weight of the KL to the pre-trained model; paper: 0.01")
+    value: bool = setting(True, "subtract V from the reward (A.5); code: yes")
+    value_lr: float = setting(1e-4, "of its AdamW; paper: 1e-4")
+    value_steps: int = setting(1, "of its AdamW, an epoch; code: 1")
+    gamma: float = setting(2.0, "sft: weight of the KL, the shift of the reward; paper: 2")
+    kl_d: bool = setting(False, "sft: KL-D (Eq. 13), not KL-O, which 5.2 has")
     steps: int = setting(50, "denoising steps; code: 50")
     guidance: float = setting(7.5, "classifier-free guidance weight w, 1 is none; code: 7.5")
     eta: float = setting(1.0, "DDIM's noise, in (0, 1]; code: 1")
-    evaluation_images: int = setting(50, "images a prompt at the end, by the pre-trained and by the tuned model; paper: 50")
-    epochs: int = setting(2000, "rounds; paper: 2000 (20,000 images)", "training")
-    updates_per_epoch: int = setting(5, "optimiser steps a round; paper: 5")
-    update_batch: int = setting(32, "rows (sample, step) of an update, n; paper: 32, for sft 128; code: 48")
-    batch: int = setting(2, "rows of one UNet call, before guidance doubles them: as many as memory allows, the result is the same up to rounding")
-    alpha: float = setting(10.0, "weight of the reward; paper: 10", zero=True)
-    beta: float = setting(0.01, "weight of the KL to the pre-trained model; paper: 0.01", zero=True)
-    value: bool = setting(True, "subtract a value function from the reward (A.5); code: yes")
-    value_lr: float = setting(1e-4, "its AdamW's learning rate; paper: 1e-4")
-    value_steps: int = setting(1, "its AdamW's steps a round; code: 1")
-    gamma: float = setting(2.0, "sft: weight of the KL, the shift of the reward; paper: 2", zero=True)
-    kl_d: bool = setting(False, "sft: KL-D (Eq. 13) instead of KL-O, which section 5.2 uses")
-    rank: int = setting(4, "rank of LoRA; code: 4")
-    lr: float = setting(1e-5, "AdamW's learning rate; paper: 1e-5, for sft 2e-5")
-    weight_decay: float = setting(0.01, "AdamW's weight decay; paper: AdamW's default, code: 0", zero=True)
-    max_grad_norm: float = setting(0.1, "longer gradients are cut to this norm; paper: 0.1")
-    clip_range: float = setting(1e-4, "of the ratio, the exponential of a change in mean log-probability per latent element; paper: 1e-4")
-    advantage_clip: float = setting(0.0, "advantages are cut to +- this, 0 is never; paper: none", zero=True)
-    max_kl: float = setting(0.0, "stop once the KL (mean per latent element and step) is larger, 0 is never; paper: none", zero=True)
-    device: str = setting("", "cuda, cuda:1, mps or cpu; default: cuda where there is one, otherwise cpu", "machine")
-    precision: str = setting("", "of the frozen weights; default: bf16 on a GPU that has it; code: fp16", choices=("", "fp32", "bf16"))
-    gradient_checkpointing: bool = setting(False, "compute activations twice to save memory")
-    compile: bool = setting(False, "torch.compile the UNet: slow to start, then faster; for GPUs, as torch 2.13 compiles some UNets wrongly on a CPU")
-    seed: int = setting(0, "of everything random", zero=True)
-    out: str = setting("", "the run's folder; default: runs/dpok-<reward>-<time>", "output")
-    sample_every: int = setting(10, "epochs between pictures of fixed prompts and seeds")
-    save_every: int = setting(10, "epochs between checkpoints, lora/ with them")
-    lora: str = setting("", "folder of LoRA weights to start from; the KL stays that to the model without any")
-    resume: str = setting("", "folder of a run that was stopped: go on from its checkpoint; only --epochs and --device may be given anew")
+    lr: float | None = setting(None, "AdamW's; paper: 1e-5, for sft 2e-5")
+    weight_decay: float = setting(0.01, "AdamW's; paper: its default, code: 0")
+    max_grad_norm: float = setting(0.1, "of the gradient, clipped; paper: 0.1")
+    clip_range: float = setting(1e-4, "of the ratio, see log_prob; paper: 1e-4")
+    advantage_clip: float = setting(0.0, "at +- this, 0 is never; paper: none")
+    max_kl: float = setting(0.0, "stop once the KL is larger, 0 is never; paper: none")
+    evaluation_images: int = setting(50, "of each prompt and model; paper: 50")
+    rank: int = setting(4, "of LoRA; code: 4")
+    seed: int = setting(0, "of everything random")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda, mps or cpu")
+    precision: Literal["auto", "fp16", "fp32"] = setting("auto", "of frozen weights; auto: fp16 on CUDA")
+    gradient_checkpointing: bool = setting(False, "saves memory, costs time")
+    compile: bool = setting(False, "torch.compile the UNet")
+    sample_every: int = setting(10, "epochs between pictures")
+    out: str = setting("", "folder of the run; default: a new one in runs/")
+    resume: str = setting("", "folder of a run to go on with")
 
-    @staticmethod
-    def implied(settings):
-        """What one setting settles as long as no other says otherwise."""
-        return {"lr": 2e-5, "update_batch": 128} if settings.get("algo") == "sft" else {}
+    may_be_0 = "weight_decay", "alpha", "beta", "gamma", "advantage_clip", "max_kl", "seed"
+    divisors = {"batch": "samples_per_epoch", "pairs": "update_batch"}
 
-    def rules(self):
-        """What must hold of this script's own settings: (holds, what to say if not), ..."""
+    def __post_init__(self):
+        name = f"{SCRIPT}-{self.reward.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.out = str(self.resume or self.out or Path("runs", name))
+        lr, pairs, low = (2e-5, 128, 1) if self.algo == "sft" else (1e-5, 32, 0)
+        self.lr = lr if self.lr is None else self.lr
+        self.update_batch = pairs if self.update_batch is None else self.update_batch
+        self.bounds = {"eta": (0, 1), "steps": (low, 500), "evaluation_images": (1, 2**31)}  # above, at most
         load_prompts(self.unseen or self.prompts)
-        W = processes()[1]
-        return [(self.update_batch % W == 0, f"{W} processes must divide update_batch {self.update_batch}; start {math.gcd(self.update_batch, W)}"),
-                (self.evaluation_images > 1, f"evaluation_images {self.evaluation_images} must be above 1, for a standard error; the paper has 50"),
-                (self.algo == "rl" or self.steps > 1, f"steps {self.steps} must be above 1 with algo sft, which leaves the last out; take 2 or more")]
 
 
-# ---------------------------------------------------------------- LoRA: W x + B A x in the attention layers (arXiv:2106.09685)
-
-class LoRAAttnProcessor(nn.Module):
-    """A diffusers attention processor: scaled dot-product attention with B A x (scale 1) added to to_q, to_k, to_v and to_out[0].
-
-    A (rank, in) starts Gaussian, B (out, rank) zero, so that fresh LoRA changes nothing; both are float32 whatever the UNet is.
-    """
-
-    def __init__(self, attn, rank, generator=None):
-        super().__init__()
-        self.enabled = True
-        layers = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out": attn.to_out[0]}
-        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
-        for name, layer in layers.items():
-            A = torch.randn(rank, layer.in_features, generator=generator) / rank  # as diffusers' LoRA layer, which the authors used
-            self.A[name] = nn.Parameter(A.to(layer.weight.device))
-            self.B[name] = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
-
-    def project(self, name, layer, x):
-        if not self.enabled:
-            return layer(x)
-        return layer(x) + x @ self.A[name].to(x.dtype).mT @ self.B[name].to(x.dtype).mT
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        x = hidden_states
-        context = x if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = self.project("to_q", attn.to_q, x), self.project("to_k", attn.to_k, context), self.project("to_v", attn.to_v, context)
-        q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, tokens, width)
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(x)).unflatten(0, (len(x), attn.heads))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask).transpose(1, 2).flatten(2)
-        return self.project("to_out", attn.to_out[0], x) / attn.rescale_output_factor
-
-
-def add_lora(unet, rank, generator=None):
-    """Freeze the UNet (placed and cast already), give every attention layer fresh LoRA, return what trains: a list of parameters."""
-    if any(isinstance(p, LoRAAttnProcessor) for p in unet.attn_processors.values()):
-        raise ValueError("this UNet has LoRA already; load it anew, or load_lora into what is there")
-    unet.requires_grad_(False)
-    unet.set_attn_processor({name: LoRAAttnProcessor(unet.get_submodule(name.removesuffix(".processor")), rank, generator)
-                             for name in unet.attn_processors})
-    return [p for p in unet.parameters() if p.requires_grad]
-
-
-@contextmanager
-def pretrained(unet):
-    """Inside this context LoRA is off: the reference policy p_pre, bit for bit, without a second UNet."""
-    processors = [p for p in unet.attn_processors.values() if isinstance(p, LoRAAttnProcessor)]
-    before = [p.enabled for p in processors]
-    try:
-        for processor in processors:
-            processor.enabled = False
-        yield
-    finally:
-        for processor, enabled in zip(processors, before):
-            processor.enabled = enabled
-
-
-def lora_weights(unet):
-    """The LoRA parameters under the names that diffusers and peft give them: <attention layer>.to_q.lora_A.weight, ..."""
-    return {f"{name.removesuffix('.processor')}.{layer.replace('to_out', 'to_out.0')}.lora_{side}.weight": parameter
-            for name, processor in unet.attn_processors.items() if isinstance(processor, LoRAAttnProcessor)
-            for side in "AB" for layer, parameter in getattr(processor, side).items()}
-
-
-def save_lora(unet, folder):
-    """Write folder/pytorch_lora_weights.safetensors, diffusers' own format, whole or not at all."""
-    weights = {name: parameter.detach().cpu() for name, parameter in lora_weights(unet).items()}
-    diffusers.StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=weights, weight_name="partial.safetensors")
-    os.replace(Path(folder, "partial.safetensors"), Path(folder, "pytorch_lora_weights.safetensors"))
-
-
-def load_lora(unet, folder):
-    """Copy the weights that save_lora wrote into the LoRA of `unet`, installed at the file's rank if there is none. Raises ValueError for
-    a missing or an extra key, or another shape."""
-    file = Path(folder, "pytorch_lora_weights.safetensors")
-    try:
-        loaded = {name.removeprefix("unet."): tensor for name, tensor in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"LoRA {str(file)!r} cannot be read ({first_line(error)}); give a folder that a run wrote, such as runs/.../lora") from error
-    ranks = [tensor.shape[0] for name, tensor in loaded.items() if name.endswith("lora_A.weight")]
-    if ranks and not lora_weights(unet):
-        add_lora(unet, ranks[0])
-    installed = lora_weights(unet)
-    wrong = sorted(loaded.keys() ^ installed.keys()) or [n for n in installed if loaded[n].shape != installed[n].shape]
-    if wrong:
-        raise ValueError(f"LoRA {str(file)!r} does not fit this UNet, beginning with {wrong[0]!r}; use the model and rank it was trained with")
-    with torch.no_grad():
-        for name, parameter in installed.items():
-            parameter.copy_(loaded[name])
-
-
-# ---------------------------------------------------------------- the MDP: one denoising step is a Gaussian (section 4.3)
+# ---------- the MDP: one denoising step is a Gaussian (Eq. 4)
 
 def predict_noise(unet, x_t, t, cond, uncond, guidance):
-    """Classifier-free guidance (DDPO Eq. 3): w eps(x_t, t, c) + (1 - w) eps(x_t, t), float32 (B, 4, H, W).
-
-    x_t (B, 4, H, W) float32; t (B,), rows may differ; cond (B, L, E); uncond (1, L, E) or (B, L, E). Guidance 1 needs no second half.
-    """
-    if guidance != 1:
-        x_t, t, cond = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([uncond.expand_as(cond), cond])
+    """Classifier-free guidance, Eq. 3: w eps(x_t, t, c) + (1 - w) eps(x_t, t) -> (B, 4, H, W) float32;
+    x_t (B, 4, H, W), t (B,) with a timestep for each, cond (B, L, E), uncond (1, L, E)."""
     dtype = unet.conv_in.weight.dtype
-    model_output = unet(x_t.to(dtype), t, encoder_hidden_states=cond.to(dtype)).sample.float()
     if guidance == 1:
-        return model_output
-    without, given = model_output.chunk(2)
-    return without + guidance * (given - without)
+        return unet(x_t.to(dtype), t, cond.to(dtype)).sample.float()
+    x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([uncond.expand_as(cond), cond])
+    eps_uncond, eps_cond = unet(x_t.to(dtype), t, text.to(dtype)).sample.float().chunk(2)
+    return eps_uncond + guidance * (eps_cond - eps_uncond)
 
 
-def predict_x0(scheduler, model_output, t, x_t):
-    """What the model takes the finished latent and the noise to be -> x0_pred, eps (B, 4, H, W), for models that output eps or v; t (B,)."""
-    abar_t = scheduler.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
-    if scheduler.config.prediction_type == "epsilon":
-        return (x_t - (1 - abar_t).sqrt() * model_output) / abar_t.sqrt(), model_output
-    if scheduler.config.prediction_type == "v_prediction":
-        return abar_t.sqrt() * x_t - (1 - abar_t).sqrt() * model_output, abar_t.sqrt() * model_output + (1 - abar_t).sqrt() * x_t
-    raise ValueError(f"prediction_type {scheduler.config.prediction_type!r} is not known; use a model that predicts epsilon or v_prediction")
+def step_distribution(scheduler, eps, t, x_t, eta=1.0):
+    """p_theta(x_{t-1} | x_t, c) = N(mean, sigma^2 I), Eq. 2, of DDIM (arXiv:2010.02502, Eq. 12 and 16)
+    -> mean (B, 4, H, W), sigma (B, 1, 1, 1); t (B,).
 
-
-def step_distribution(scheduler, model_output, t, x_t, eta=1.0):
-    """p_theta(x_{t-1} | x_t, c), a Gaussian (DDPO Eq. 2), here DDIM's step (arXiv:2010.02502 Eq. 12, 16) -> mean (B, 4, H, W), sigma (B, 1, 1, 1).
-
-    sigma = eta sqrt((1 - abar_prev) / (1 - abar_t) (1 - abar_t / abar_prev)),  mean = sqrt(abar_prev) x0_pred + sqrt(1 - abar_prev - sigma^2) eps;
-    t (B,). Raises ValueError where sigma would be 0 or x0_pred clipped: then this density is not the step's.
+    sigma = eta sqrt((1 - abar_prev) / (1 - abar_t) (1 - abar_t / abar_prev))
+    mean  = sqrt(abar_prev) x0_pred + sqrt(1 - abar_prev - sigma^2) eps
     """
-    if not 0 < eta <= 1:
-        raise ValueError(f"eta {eta} must be in (0, 1]: without noise a step has no log-probability; use 1")
-    if scheduler.config.thresholding or scheduler.config.clip_sample:
-        raise ValueError("the scheduler clips x0_pred, so that the step is not the Gaussian computed here; set thresholding and clip_sample to False")
     table = scheduler.alphas_cumprod.to(x_t.device)
     prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    abar_t = table[t].view(-1, 1, 1, 1)
-    abar_prev = torch.where(prev >= 0, table[prev.clamp(min=0)], scheduler.final_alpha_cumprod.to(table)).view(-1, 1, 1, 1)
+    abar_t, abar_prev = table[t].view(-1, 1, 1, 1), table[prev.clamp(min=0)].view(-1, 1, 1, 1)
+    x0_pred = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
     sigma = eta * ((1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)).sqrt()
-    if not (sigma > 0).all():
-        raise ValueError("sigma is 0 at the last step, whose log-probability is then infinite; make the scheduler with set_alpha_to_one=False")
-    x0_pred, eps = predict_x0(scheduler, model_output, t, x_t)
     return abar_prev.sqrt() * x0_pred + (1 - abar_prev - sigma**2).sqrt() * eps, sigma
 
 
-def log_prob(x_prev, mean, sigma):
-    """log N(x_{t-1}; mean, sigma^2), averaged over the D numbers of a latent -> (B,).
+def policy(pipe, x_t, t, cond, uncond, config):
+    """p_theta(x_{t-1} | x_t, c) at B states (x_t, t, c) -> mean (B, 4, H, W), sigma (B, 1, 1, 1)."""
+    eps = predict_noise(pipe.unet, x_t, t, cond, uncond, config.guidance)
+    return step_distribution(pipe.scheduler, eps, t, x_t, config.eta)
 
-    The papers' density is the sum. With the mean, as in all their code, exp(log_prob - log_prob_old) is the D-th root of the true ratio:
-    for D = 16,384 a clip range of 1e-4 lets the true ratio go from 0.19 to 5.2 (exp(+-1.64)). Where D is smaller the same clip is tighter.
+
+def log_prob(x_prev, mean, sigma):
+    """log N(x_{t-1}; mean, sigma^2), as the mean over the D numbers of a latent -> (B,).
+
+    The paper's density is the sum. With the mean, as in the authors' code, exp(log_prob - log_prob_old) is
+    the D-th root of the true ratio: for D = 16,384 a clip range of 1e-4 is true ratios from 0.19 to 5.2.
     """
     density = -((x_prev - mean) ** 2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)
 
 
-def kl_divergence(mean, mean_ref, sigma):
-    """KL(N(mean, sigma^2) || N(mean_ref, sigma^2)) = (mean - mean_ref)^2 / (2 sigma^2), averaged over the latent like log_prob -> (B,)."""
-    return ((mean - mean_ref) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
+def kl_divergence(mean, mean_pre, sigma):
+    """KL(N(mean, sigma^2) || N(mean_pre, sigma^2)) = (mean - mean_pre)^2 / (2 sigma^2), averaged -> (B,)."""
+    return ((mean - mean_pre) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
 
 
 @dataclasses.dataclass
 class Rollout:
-    """N trajectories x_T, ..., x_0 of the policy, on the CPU: what an update needs of them."""
-    prompts: list             # N texts
-    cond: torch.Tensor        # (N, L, E) their embeddings
-    timesteps: torch.Tensor   # (K,) t, falling
-    latents: torch.Tensor     # (N, K + 1, 4, H, W) float32: x_t is [:, k], x_{t-1} is [:, k + 1]
-    log_probs: torch.Tensor   # (N, K) log p(x_{t-1} | x_t, c) under the policy that drew them
-    images: list              # N PIL images
+    """N trajectories x_T, ..., x_0 sampled by the old policy."""
+    prompts: list            # N texts
+    cond: torch.Tensor       # (N, L, E) c, their embeddings
+    uncond: torch.Tensor     # (1, L, E) that of the empty prompt
+    timesteps: torch.Tensor  # (K,) t, descending
+    latents: torch.Tensor    # (N, K + 1, 4, H, W) float32: x_t is [:, k], x_{t-1} is [:, k + 1]
+    log_probs: torch.Tensor  # (N, K) log p(x_{t-1} | x_t, c) under the old policy
+    images: list             # N PIL images
 
 
-def encode(pipe, prompts):
-    """The prompts' embeddings (N, L, E); each text is encoded once. What the text encoder cannot read is cut off."""
-    unique = list(dict.fromkeys(prompts))
-    cond = pipe.encode_prompt(unique, pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
-    return cond[[unique.index(prompt) for prompt in prompts]]
-
-
-def generators(seed, epoch, indices):
-    """One generator for each sample, from (seed, epoch, global index of the sample): no sample depends on its batch or on other samples."""
-    return [torch.Generator().manual_seed((seed * 2_654_435_761 + epoch * 1_000_003 + i) % 2**32) for i in indices]
-
-
-def denoise(pipe, x_t, t, cond, uncond, noise, config):
-    """One action of the policy: x_{t-1} = mean + sigma noise ~ p_theta(x_{t-1} | x_t, c) -> x_{t-1} (B, 4, H, W), its log-probability (B,)."""
-    model_output = predict_noise(pipe.unet, x_t, t, cond, uncond, config.guidance)
-    mean, sigma = step_distribution(pipe.scheduler, model_output, t, x_t, config.eta)
-    x_prev = (mean + sigma * noise).detach()  # an action is data: log p is differentiated at it, not through it
-    return x_prev, log_prob(x_prev, mean, sigma)
+def generator(seed, epoch, i):
+    """Of sample i of an epoch: it depends on no batch or process, and resuming needs no random state."""
+    return torch.Generator().manual_seed((seed * 2_654_435_761 + epoch * 1_000_003 + i) % 2**32)
 
 
 @torch.no_grad()
-def sample(pipe, prompts, config, generators, denoise=denoise):
-    """Roll the policy out: x_T ~ N(0, 1), then K steps x_{t-1} ~ p_theta(x_{t-1} | x_t, c), then the decoder -> Rollout.
+def sample(pipe, prompts, config, generators):
+    """Roll the policy out: x_T ~ N(0, I), K actions x_{t-1} ~ p_theta(x_{t-1} | x_t, c), then the decoder."""
+    pipe.scheduler.set_timesteps(config.steps, device=pipe.device)
+    N, K, size, timesteps = len(prompts), config.steps, pipe.unet.config.sample_size, pipe.scheduler.timesteps
+    cond, uncond = (pipe.encode_prompt(texts, pipe.device, 1, False)[0] for texts in (prompts, [""]))
+    latents = torch.empty(N, K + 1, 4, size, size, device=pipe.device)
+    log_probs, images = torch.empty(N, K, device=pipe.device), []
+    for first in tqdm(range(0, N, config.batch), "sampling", leave=False):
+        i = slice(first, first + config.batch)  # B samples
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators[i]])
+        noise = noise.to(pipe.device)  # (B, K + 1, 4, H, W)
+        latents[i, 0] = noise[:, 0]  # x_T
+        for k, t in enumerate(timesteps):
+            mean, sigma = policy(pipe, latents[i, k], t.expand(len(noise)), cond[i], uncond, config)
+            latents[i, k + 1] = mean + sigma * noise[:, k + 1]  # the action, x_{t-1}
+            log_probs[i, k] = log_prob(latents[i, k + 1], mean, sigma)
+        x_0 = latents[i, K].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
+        images += pipe.image_processor.postprocess(pipe.vae.decode(x_0).sample.float())
+    return Rollout(prompts, cond, uncond, timesteps, latents, log_probs, images)
 
-    Each sample draws x_T and then a noise a step from its own CPU generator, in the order of diffusers' DDIM: the images are the same. Another
-    `denoise` may do more at each step, as that of ddpo.py's --single_pass.
-    """
-    unet, scheduler, K = pipe.unet, pipe.scheduler, config.steps
-    scheduler.set_timesteps(K, device=pipe.device)
-    cond, uncond = encode(pipe, prompts), encode(pipe, [""])
-    shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    latents = torch.empty(len(prompts), K + 1, *shape[1:])
-    log_probs, images = torch.empty(len(prompts), K), []
-    for rows in tqdm(torch.arange(len(prompts)).split(config.batch), "sampling", leave=False):
-        draws = [generators[i] for i in rows]
-        x_t = torch.cat([torch.randn(shape, generator=g) for g in draws]).to(pipe.device)            # (B, 4, H, W)
-        latents[rows, 0] = x_t.cpu()
-        for k, t in enumerate(scheduler.timesteps):
-            noise = torch.cat([torch.randn(shape, generator=g) for g in draws]).to(pipe.device)
-            x_t, step_log_prob = denoise(pipe, x_t, t.expand(len(rows)), cond[rows], uncond, noise, config)
-            log_probs[rows, k] = step_log_prob.cpu()
-            latents[rows, k + 1] = x_t.cpu()
-        decoded = pipe.vae.decode(x_t.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
-        images += pipe.image_processor.postprocess(decoded.float(), output_type="pil")
-    return Rollout(list(prompts), cond.cpu(), scheduler.timesteps.cpu(), latents, log_probs, images)
-
-
-# ---------------------------------------------------------------- the value function (appendix A.5)
 
 class ValueNetwork(nn.Module):
-    """V(x_t, z, k), the reward expected from x_t on (Eq. 23): three layers of 256 units, each unit gated by the step, as in the released code."""
+    """V(x_t, z, k), the reward expected at x_t (Eq. 23): three layers of 256 units, gated by the step, as the
+    released code has it."""
 
     def __init__(self, latent_shape, text_dim, steps, width=256):
         super().__init__()
@@ -359,641 +219,514 @@ class ValueNetwork(nn.Module):
         return self.last(h)[:, 0]
 
 
-# ---------------------------------------------------------------- losses: means over rows, where the paper sums over t (K times this)
+# ---------- losses, at B pairs (i, k)
 
 def policy_loss(log_prob, log_prob_old, advantage, clip_range):
-    """Eq. 26, all (B,): -E[ (r - V) clip(ratio, 1 - clip_range, 1 + clip_range) ], ratio = p_theta / p_theta_old. Without PPO's min, so outside
-    the band the gradient is 0 on both sides, whatever the sign of r - V. At theta = theta_old the gradient is that of Eq. 6 with r - V."""
+    """Eq. 26: -E[ (r - V) clip(ratio, 1 - epsilon, 1 + epsilon) ], ratio = p_theta / p_theta_old.
+
+    Without PPO's min: outside the band the gradient is 0 on both sides, whatever the sign of r - V. At
+    theta = theta_old the gradient is that of Lemma 4.1, Eq. 6, with r - V for r.
+    """
     ratio = (log_prob - log_prob_old).exp()
-    info = {"ratio_mean": ratio.mean().item(), "ratio_deviation": (ratio - 1).abs().max().item(),
-            "clipped": ((ratio - 1).abs() > clip_range).float().mean().item()}
-    return -(advantage * ratio.clamp(1 - clip_range, 1 + clip_range)).mean(), info
+    loss = -(advantage * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
+    deviation = (ratio.detach() - 1).abs()
+    return loss, {"ratio_mean": ratio.detach().mean(), "ratio_deviation": deviation.max(),
+                  "clipped": (deviation > clip_range).float().mean()}  # the share of pairs that teach nothing
+
+
+def predict_x0(scheduler, eps, t, x_t):
+    """f_theta(x_t, t, z), the predicted x_0: (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t) -> (B, 4, H, W)."""
+    abar_t = scheduler.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
+    return (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
 
 
 def supervised_loss(x0_pred, x0, reward, sigma, gamma, x0_pre=None):
-    """KL-D (Eq. 13): (r + gamma) ||x_0 - f_theta||^2 / (2 sigma^2). With x0_pre, KL-O: (r ||x_0 - f_theta||^2 + gamma ||f_pre - f_theta||^2) /
-    (2 sigma^2). x0_pred = f_theta, x0, x0_pre (B, 4, H, W); sigma (B, 1, 1, 1); reward (B,). The norms are means over the latent; rows with
-    r + gamma < 0 contribute nothing (appendix B)."""
-    error = ((x0 - x0_pred) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
-    if x0_pre is None:
-        loss = (reward + gamma) * error
-    else:
-        loss = reward * error + gamma * ((x0_pre - x0_pred) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
-    counts = reward + gamma >= 0
-    return torch.where(counts, loss, 0).mean(), {"left_out": 1 - counts.float().mean().item()}
-
-
-# ---------------------------------------------------------------- several processes (torchrun): of W, number p has the samples p, p + W, ...
-
-def processes():
-    """-> the number p of this process among those that torchrun started, and how many they are, W; 0 and 1 without torchrun."""
-    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "LOCAL_RANK" in os.environ else (0, 1)
-
-
-def join_processes(device):
-    """Join the other processes, if there are any -> the device of this one."""
-    if processes()[1] > 1:
-        if device.startswith("cuda"):
-            device, here = f"cuda:{os.environ['LOCAL_RANK']}", torch.cuda.device_count()
-            if int(os.environ["LOCAL_RANK"]) >= here:
-                raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes need as many GPUs, here are {here}; lower --nproc-per-node")
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():  # long enough for process 0 to draw and save alone
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
-    return device
-
-
-def gather(share):
-    """The list or tensor (N / W, ...) of this process -> that of all, in the order of the samples."""
-    shares = [share] * processes()[1]
-    if len(shares) == 1:
-        return share
-    dist.all_gather_object(shares, share)
-    return torch.stack(shares, 1).flatten(0, 1) if torch.is_tensor(share) else [item for items in zip(*shares) for item in items]
-
-
-def sum_gradients(parameters):
-    """Add the gradients of all processes, each of which has its rows' share of the mean."""
-    if processes()[1] > 1:
-        for parameter in parameters:
-            dist.all_reduce(parameter.grad)
-
-
-# ---------------------------------------------------------------- a run: prompts, model, folder, pictures
-
-PROMPTS = {"color": ["A green colored rabbit"], "count": ["Four wolves in the park"], "composition": ["A cat and a dog"],
-           "location": ["A dog on the moon"], "roses": ["Four roses"],  # sections 5.2 and 5.4
-           "shapes": ["a green square", "two red squares", "a red circle and a blue square", "a blue circle on the left"]}
-UNSEEN = {"A green colored rabbit": "A green colored cat", "Four wolves in the park": "Four birds in the park",
-          "A cat and a dog": "A cat and a cup", "A dog on the moon": "A lion on the moon",  # Fig. 10
-          "a green square": "a green circle", "two red squares": "two blue squares",
-          "a red circle and a blue square": "a red circle and a blue triangle", "a blue circle on the left": "a blue square on the left"}
-
-
-def load_prompts(name):
-    """The texts of --prompts: a known set, a text file with one prompt a line, or one prompt given literally. Raises ValueError."""
-    if name in PROMPTS:
-        return list(PROMPTS[name])
-    file = rewards.find(name)
-    if file:
-        try:
-            prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"prompt file {name!r} cannot be read ({error}); give a text file in UTF-8") from error
-        if not prompts:
-            raise ValueError(f"prompt file {name!r} is empty; write one prompt a line")
-        return prompts
-    if len(name.split()) < 2 or name.lower().endswith(".txt"):
-        raise ValueError(f"prompts {name!r} is neither a known set ({', '.join(PROMPTS)}) nor a text file, and a prompt given literally "
-                         f"has several words; correct the name, or put a one-word prompt in a file")
-    return [name]
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def check(config):
-    """Refuse what cannot work, before anything is loaded or written. Raises ValueError with the value, the rule and the remedy."""
-    for f in dataclasses.fields(config):
-        value, choices, zero = getattr(config, f.name), f.metadata["choices"], f.metadata["zero"]
-        if type(value) is not f.type and (type(value), f.type) != (int, float):
-            raise ValueError(f"{f.name} {value!r} must be of type {f.type.__name__}; --help shows each setting")
-        if choices and value not in choices:
-            raise ValueError(f"{f.name} {value!r} is unknown; choose {' or '.join(filter(None, choices))}")
-        if f.type in (int, float) and not (0 <= value < 2**31 if zero else 0 < value < 2**31):
-            raise ValueError(f"{f.name} {value} must be {'0 or more' if zero else 'above 0'}, and below 2^31; the default is {f.default}")
-    N, W, out = config.samples_per_epoch, processes()[1], Path(config.out)
-    above = next((folder for folder in (out, *out.parents) if os.path.exists(folder)), Path())
-    rules = config.rules() + [
-        (config.eta <= 1, f"eta {config.eta} must be at most 1, where DDIM is the ancestral sampler; use 1"),
-        (config.steps <= 500, f"steps {config.steps} must be at most 500, half of those the model was trained with; the papers take 50"),
-        (N % W == 0, f"{W} processes must divide samples_per_epoch {N}; start {math.gcd(N, W)}"),
-        (N % (config.batch * W) == 0, f"batch {config.batch} must divide samples_per_epoch {N}" + f" / {W} processes" * (W > 1)
-         + f"; try {math.gcd(N // W, config.batch)}"),
-        (not config.lora or Path(config.lora, "pytorch_lora_weights.safetensors").is_file(),
-         f"lora {config.lora!r} holds no pytorch_lora_weights.safetensors; give a folder that a run wrote, such as runs/.../lora"),
-        (not config.reward_options.keys() & {"name", "device"}, "reward_options must not hold name or device; use --reward and --device"),
-        (above.is_dir() and os.access(above, os.W_OK | os.X_OK), f"out {config.out!r} cannot be made in {str(above)!r}; name another folder"),
-        (config.resume or not config.out or above != out or not any(out.iterdir()), f"out {config.out!r} is not an empty folder; name a new one"),
-    ]
-    for holds, message in rules:
-        if not holds:
-            raise ValueError(message)
-    try:
-        torch.zeros(1, device=config.device or "cpu").item()
-    except Exception as error:  # each kind of device has its own
-        raise ValueError(f"device {config.device!r} is not to be had ({first_line(error)}); try cpu") from error
-    load_prompts(config.prompts)
-    rewards.check(config.reward)
-
-
-def load_pipeline(config):
-    """Stable Diffusion in eval mode on the device, with the scheduler of the MDP. Raises ValueError if there is none to be had."""
-    diffusers.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    source = str(rewards.find(config.model) or config.model)
-    try:
-        found = diffusers.StableDiffusionPipeline.load_config(source)["_class_name"]
-        if found != "StableDiffusionPipeline":
-            raise ValueError(f"it is a {found}")
-        parts = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, "text_encoder": transformers.CLIPTextModel}
-        for name, kind in parts.items():
-            parts[name], info = kind.from_pretrained(source, subfolder=name, use_safetensors=True, output_loading_info=True)
-            if info["missing_keys"]:  # these would be random numbers
-                raise ValueError(f"its {name} lacks {sorted(info['missing_keys'])[0]}")
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(source, **parts, safety_checker=None, feature_extractor=None,
-                                                                 requires_safety_checker=False)
-        if set(pipe.tokenizer("a").input_ids) <= set(pipe.tokenizer.all_special_ids):
-            raise ValueError("its tokenizer has no vocabulary")
-        pipe.to(config.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    except Exception as error:  # whatever a folder or a hub comes up with
-        raise ValueError(f"model {config.model!r} cannot be loaded ({first_line(error)}); give a Stable Diffusion 1.x or 2.x folder with "
-                         "safetensors, or a hub id and a network, or run the small model with --config shapes/ddpo.json") from error
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-                                                         timestep_spacing="leading")
-    if config.device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")  # TF32 where float32 is multiplied
-        pipe.unet.to(memory_format=torch.channels_last)
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
-        module.requires_grad_(False).eval()
-    return pipe
-
-
-def draw_samples(file, title, images, captions, columns=4, size=256, text=16):
-    """A grid of captioned images under a title line, as PNG."""
-    cell, top, font = (size + 8, size + 44), 32, ImageFont.load_default(text)
-    sheet = Image.new("RGB", (columns * cell[0], top + -(-len(images) // columns) * cell[1]), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((8, 6), title, "black", font)
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        x, y = i % columns * cell[0] + 4, i // columns * cell[1] + top
-        sheet.paste(image.resize((size, size), Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS), (x, y))
-        pen.multiline_text((x, y + size + 2), "\n".join(textwrap.wrap(caption, 32)[:2]), "black", font, spacing=0)
-    sheet.save(file)
-
-
-def draw_progress(folder):
-    """progress.png: title and first row of at most eight grids of samples, evenly spaced along training."""
-    grids = [Image.open(file) for file in sorted(Path(folder, "samples").glob("epoch_*.png"))]
-    chosen, row = [grids[i * (len(grids) - 1) // 7] for i in range(8)] if len(grids) > 8 else grids, 32 + 256 + 44
-    progress = Image.new("RGB", (grids[0].width, row * len(chosen)))
-    for i, grid in enumerate(chosen):
-        progress.paste(grid.crop((0, 0, grid.width, row)), (0, i * row))
-    progress.save(Path(folder, "progress.png"))
-
-
-def run_folder(config):
-    """Where a run leaves its files."""
-    name = f"{Path(__file__).stem}-{config.reward.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return Path(config.resume or config.out or Path("runs", name))
-
-
-def replace(file, content):
-    """Write bytes to a file whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, file)
-
-
-def start_run(config, unet, parts):
-    """Make the run's folder with the config.json that repeats the run, or go back to the checkpoint of one that is resumed -> the folder,
-    TensorBoard's writer or None, and the number of epochs that are done."""
-    folder = run_folder(config)
-    begun = config.resume and any((folder / name).exists() for name in ("checkpoint.pt", "log.csv"))
-    done = load_checkpoint(folder, unet, parts, config) if begun else 0
-    if processes()[0] > 0:  # only process 0 writes
-        return folder, None, done
-    try:
-        (folder / "samples").mkdir(parents=True, exist_ok=bool(config.resume))
-    except OSError as error:
-        raise ValueError(f"out {str(folder)!r} cannot be made ({error}); name another folder") from error
-    replace(folder / "config.json", (json.dumps({**dataclasses.asdict(config), "out": "", "resume": ""}, indent=2) + "\n").encode())
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # not everybody has it
-    except ImportError:
-        return folder, None, done
-    return folder, SummaryWriter(folder, purge_step=done + 1), done
-
-
-def save_checkpoint(folder, epoch, stopped, unet, parts):
-    """lora/, and checkpoint.pt: the epoch, whether it stopped the run early, the LoRA weights, and the state of `parts`, whatever else learns or
-    counts, in plain types. It is the last of an epoch's files to be written: what it tells of is there."""
-    save_lora(unet, folder / "lora")
-    lora, file = {name: parameter.detach().cpu() for name, parameter in lora_weights(unet).items()}, io.BytesIO()
-    torch.save({"script": Path(__file__).stem, "epoch": epoch, "stopped": stopped, "lora": lora,
-                "parts": {name: part.state_dict() for name, part in parts.items()}}, file)
-    replace(folder / "checkpoint.pt", file.getvalue())
-
-
-def load_checkpoint(folder, unet, parts, config):
-    """Bring the weights, `parts`, log.csv and lora/ back to the run's checkpoint -> the epochs that are done, all of them if it stopped the run
-    early; later pictures will be drawn anew. Raises ValueError for a checkpoint that is damaged, of something else, or past the last epoch."""
-    file, log, lora = folder / "checkpoint.pt", folder / "log.csv", lora_weights(unet)
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        epoch = saved["epoch"]
-        lines = log.read_bytes().splitlines(keepends=True)[:epoch + 1] if epoch else []
-        shapes = [{name: tensor.shape for name, tensor in weights.items()} for weights in (saved["lora"], lora)]
-        if saved["script"] != Path(__file__).stem or shapes[0] != shapes[1] or epoch and len(lines) != epoch + 1:
-            raise ValueError("it does not belong to this script, model and log.csv")
-        for name, parameter in lora.items():
-            parameter.data.copy_(saved["lora"][name])
-        for name, part in parts.items():
-            part.load_state_dict(saved["parts"][name])
-    except Exception as error:  # cut short, or something else entirely
-        raise ValueError(f"checkpoint {str(file)!r} cannot be used ({first_line(error)}); start anew with --config "
-                         f"{folder / 'config.json'}") from error
-    if epoch > config.epochs:
-        raise ValueError(f"epochs {config.epochs} is below the {epoch} that {str(folder)!r} has done; give at least as many")
-    if processes()[0] == 0:
-        replace(log, b"".join(lines))
-        save_lora(unet, folder / "lora")
-    return config.epochs if saved["stopped"] else epoch
-
-
-def averages(infos):
-    """(update, rows, info) of an epoch's UNet calls -> means over all rows, but of ratio_deviation the largest before the first update."""
-    total = sum(rows for _, rows, _ in infos)
-    means = {name: sum(rows * info[name] for _, rows, info in infos) / total for name in infos[0][2]}
-    if "ratio_deviation" in means:
-        means["ratio_deviation"] = max(info["ratio_deviation"] for update, _, info in infos if update == 0)
-    return means
-
-
-def watch(row, config):
-    """Whether the KL has passed its bound. Raises ValueError when an epoch's numbers are none; warns, once, when rounding alone moves the ratio
-    by a tenth of the clip."""
-    if not math.isfinite(row["kl"] + row["grad_norm"]):
-        raise ValueError(f"epoch {row['epoch']} ended with kl {row['kl']} and grad_norm {row['grad_norm']}, and is not saved; start "
-                         f"anew from what is, with --lora, and an lr below {config.lr:g} or --precision fp32")
-    if row.get("ratio_deviation", 0) > config.clip_range / 10:
-        warnings.warn(f"before an epoch's first update a ratio was off 1 by more than a tenth of clip_range {config.clip_range:g}, by rounding "
-                      "alone; take --precision fp32")  # Python shows one text once
-    stop = 0 < config.max_kl < row["kl"]
-    if stop:
-        tqdm.write(f"stopping early: kl {row['kl']:.4g} is above max_kl {config.max_kl:g}")
-    return stop
-
-
-def log_epoch(folder, row, writer):
-    """One line on the screen, one row of log.csv, and TensorBoard's points where it is installed."""
-    with open(folder / "log.csv", "a", newline="", encoding="utf-8") as file:
-        log = csv.DictWriter(file, row)
-        if file.tell() == 0:
-            log.writeheader()
-        log.writerow(row)
-    if writer:
-        for name, value in row.items():
-            writer.add_scalar(name, value, row["epoch"])
-    tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-
-
-def peak_memory(device):
-    """GB taken at most so far: on the GPU, or by the whole process; not a number where the system does not say."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def show_samples(pipe, prompts, config, reward_fn, folder, epoch):
-    """samples/epoch_....png: sixteen images of fixed prompts and seeds, each with its reward; these queries teach nothing."""
-    prompts = [prompts[i % len(prompts)] for i in range(16)]
-    rollout = sample(pipe, prompts, config, generators(config.seed, 0, range(16)))
-    reward = reward_fn(rollout.images, prompts)
-    title = f"{'epoch ' + str(epoch) if epoch or config.lora else 'pre-trained'}   reward queries {epoch * config.samples_per_epoch}   "
-    title += f"mean reward {reward.mean():.3f}"
-    draw_samples(folder / "samples" / f"epoch_{epoch:04d}.png", title, rollout.images, [f"{r:.3f} {p}" for r, p in zip(reward, prompts)])
-
-
-# ---------------------------------------------------------------- Algorithm 1: rl
-
-def policy(pipe, rollout, rows, uncond, config):
-    """p_theta at rows of a rollout, row = i K + k for step k of sample i -> x_{t-1} as it was drawn, and mean and sigma now."""
-    i, k = rows // config.steps, rows % config.steps
-    x_t, t = rollout.latents[i, k].to(pipe.device), rollout.timesteps[k].to(pipe.device)
-    model_output = predict_noise(pipe.unet, x_t, t, rollout.cond[i].to(pipe.device), uncond, config.guidance)
-    mean, sigma = step_distribution(pipe.scheduler, model_output, t, x_t, config.eta)
-    return rollout.latents[i, k + 1].to(pipe.device), mean, sigma
-
-
-def kl_to_pretrained(pipe, rollout, rows, mean, sigma, uncond, config):
-    """KL of the steps at `rows` from p_theta, given by mean and sigma, to p_pre -> (B,) with the gradient of p_theta."""
-    with torch.no_grad(), pretrained(pipe.unet):
-        _, mean_ref, _ = policy(pipe, rollout, rows, uncond, config)
-    return kl_divergence(mean, mean_ref, sigma)
-
-
-@torch.no_grad()
-def mean_kl(pipe, rollout, uncond, config, rng):
-    """The KL to p_pre, mean per latent element and step, estimated at one random step of each sample; its states are those that theta_old drew.
-    The steps are spread evenly: each has the same chance, and their numbers differ by one at most."""
-    (N, K), total = rollout.log_probs.shape, 0.0
-    for rows in (torch.arange(N) * K + (torch.randperm(N, generator=rng) + torch.randint(K, (1,), generator=rng)) % K).split(config.batch):
-        _, mean, sigma = policy(pipe, rollout, rows, uncond, config)
-        total += kl_to_pretrained(pipe, rollout, rows, mean, sigma, uncond, config).sum().item()
-    return sum(gather([total])) / (N * processes()[1])
-
-
-def draw(pipe, prompts, config, epoch):
-    """A round's prompts z ~ p(z), its trajectories, this process's share of them, and the generator of what else is random in it
-    -> texts, rollout, rng."""
-    N, (p, W) = config.samples_per_epoch, processes()
-    rng = generators(config.seed, epoch, [N])[0]
-    texts = [prompts[i] for i in torch.randint(len(prompts), (N,), generator=rng)]
-    return texts, sample(pipe, texts[p::W], config, generators(config.seed, epoch, range(p, N, W))), rng
-
-
-def minibatches(count, config, rng):
-    """The n random rows, of `count`, of each of a round's updates; none comes again before all have had their turn -> tensors (n,)."""
-    needed = config.updates_per_epoch * config.update_batch
-    rows = torch.cat([torch.randperm(count, generator=rng) for _ in range(0, needed, count)])
-    return rows[:needed].split(config.update_batch)
-
-
-def value_inputs(pipe, rollout):
-    """Every row of a rollout as the value network takes it -> x_t (N K, 4, H, W), z (N K, E) the pooled text embedding, k (N K,)."""
-    N, K = rollout.log_probs.shape
-    ids = pipe.tokenizer(rollout.prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    with torch.no_grad():
-        z = pipe.text_encoder(ids.to(pipe.device)).pooler_output.float().cpu()
-    return rollout.latents[:, :-1].flatten(0, 1), z.repeat_interleave(K, 0), torch.arange(K).repeat(N)
-
-
-def start_value(pipe, config):
-    """A fresh value network for this pipeline's latents and texts, on the CPU where the rollouts are, and its optimiser."""
-    size = pipe.unet.config.sample_size
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        value = ValueNetwork((pipe.unet.config.in_channels, size, size), pipe.text_encoder.config.hidden_size, config.steps)
-    return value, torch.optim.AdamW(value.parameters(), config.value_lr)
-
-
-def fit_value(value, optimizer, inputs, returns, steps):
-    """Steps of AdamW on E[ (r - V(x_t, z, k))^2 ] (Eq. 24) over all rows of a round; returns (N K,) -> that error before the first."""
-    for step in range(steps):
-        error = F.mse_loss(value(*inputs), returns)
-        error.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        first = error.item() if step == 0 else first
-    return first
-
-
-def policy_loss_at(pipe, rollout, advantage, uncond, config, rows):
-    """Objective (8), by the gradient (9), at rows (B,) of a rollout: alpha times Eq. 26, and beta times the KL of the step -> loss, info."""
-    x_prev, mean, sigma = policy(pipe, rollout, rows, uncond, config)
-    loss, info = policy_loss(log_prob(x_prev, mean, sigma).cpu(), rollout.log_probs.flatten()[rows], advantage[rows], config.clip_range)
-    loss = config.alpha * loss
-    if config.beta:
-        loss = loss + config.beta * kl_to_pretrained(pipe, rollout, rows, mean, sigma, uncond, config).mean().cpu()
-    return loss, info
-
-
-# ---------------------------------------------------------------- Algorithm 2: sft
-
-def supervised_data(pipe, prompts, reward_fn, config):
-    """Images drawn once from p_pre, as many and with as many reward queries as the RL run of these settings
-    -> x_0 (M, 4, H, W), cond (P, L, E) of the prompts, the index of each image's prompt (M,), reward (M,), and the last of the rollouts."""
-    x0, which, scores = [], [], []
-    with pretrained(pipe.unet):
-        for epoch in tqdm(range(1, config.epochs + 1), "images of p_pre"):
-            texts, rollout, _ = draw(pipe, prompts, config, epoch)
-            x0.append(rollout.latents[:, -1].clone())  # not a view, which would keep the trajectories
-            which += [prompts.index(text) for text in texts]
-            scores.append(reward_fn(rollout.images, rollout.prompts))
-    return gather(torch.cat(x0)), encode(pipe, prompts), torch.tensor(which), gather(torch.cat(scores)), rollout
-
-
-def supervised_loss_at(pipe, data, rng, uncond, config, rows):
-    """KL-O or KL-D at rows (B,) of the data, row = i (K - 1) + k for image i and any step k but the last -> loss, info."""
-    x0, cond, which, reward, rollout = data
-    i, k = rows // (config.steps - 1), rows % (config.steps - 1)
-    t, x0, cond = rollout.timesteps[k].to(pipe.device), x0[i].to(pipe.device), cond[which[i]]
-    p, W = processes()
-    noise = torch.randn(len(x0) * W, *x0.shape[1:], generator=rng)[p::W]  # of the others' rows too, so that each row's is the same with any W
-    x_t = pipe.scheduler.add_noise(x0, noise.to(pipe.device), t)                                               # q(x_t | x_0)
-    model_output = predict_noise(pipe.unet, x_t, t, cond, uncond, config.guidance)
-    _, sigma = step_distribution(pipe.scheduler, model_output, t, x_t, config.eta)
-    x0_pred, _ = predict_x0(pipe.scheduler, model_output, t, x_t)                                              # f_theta
-    x0_pre = None
-    if not config.kl_d:
-        with torch.no_grad(), pretrained(pipe.unet):
-            x0_pre, _ = predict_x0(pipe.scheduler, predict_noise(pipe.unet, x_t, t, cond, uncond, config.guidance), t, x_t)  # f_pre
-    return supervised_loss(x0_pred, x0, reward[i].to(pipe.device), sigma, config.gamma, x0_pre)
-
-
-# ---------------------------------------------------------------- a run of either
-
-def evaluate(pipe, prompts, config, reward_fn):
-    """Images of each prompt, trained or unseen, from seeds that training has not -> {prompt: (the first two images, reward (n,))}."""
-    unseen, n = load_prompts(config.unseen) if config.unseen else [UNSEEN[prompt] for prompt in prompts if prompt in UNSEEN], config.evaluation_images
-    found = {}
-    for prompt in dict.fromkeys(prompts + unseen):
-        images = sample(pipe, [prompt] * n, config, generators(config.seed, 0, range(n))).images
-        found[prompt] = images[:2], reward_fn(images, [prompt] * n)
-    return found
-
-
-def report(before, after, prompts, folder):
-    """As in Fig. 2 and 3, pre-trained against tuned from the same seeds: mean reward +- standard error of each prompt, on the screen and in
-    evaluation.json; the first images in comparison.png, a row a model."""
-    table, number = [], lambda reward: {"mean": reward.mean().item(), "standard_error": (reward.std() / len(reward)**0.5).item()}
-    for prompt in before:
-        row = {"prompt": prompt, "trained": prompt in prompts, "images": len(before[prompt][1]),
-               "pretrained": number(before[prompt][1]), "tuned": number(after[prompt][1])}
-        table.append(row)
-        print(f"{'trained' if row['trained'] else 'unseen':8s}" + "  ->  ".join(
-            f"{row[model]['mean']:.3f} +- {row[model]['standard_error']:.3f}" for model in ("pretrained", "tuned")) + f"   {prompt}")
-    (folder / "evaluation.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    shown = [[(image, f"{r:.3f} {prompt}") for prompt, (images, reward) in found.items() for image, r in zip(images, reward)][:8]
-             for found in (before, after)]
-    draw_samples(folder / "comparison.png", "above: pre-trained, below: tuned, the same seeds", *zip(*shown[0], *shown[1]), columns=len(shown[0]))
-
-
-def descend(loss_at, rows, update, parameters, optimizer, config):
-    """One step of AdamW on the mean of loss_at(rows) -> loss, info over the rows of all processes, config.batch at a time
-    -> (update, rows, info) of each UNet call, and the norm of the gradient before it was cut."""
-    infos = []
-    for chunk in tqdm(rows.split(config.batch), f"update {update + 1}", leave=False):
-        loss, info = loss_at(chunk)
-        (loss * len(chunk) / (len(rows) * processes()[1])).backward()
-        infos.append((update, len(chunk), info))
-    sum_gradients(parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-    optimizer.step()
-    optimizer.zero_grad()
-    return infos, norm
-
-
-def setup(config):
-    """Check everything, then load everything; nothing is written yet -> config for this machine, pipe, prompts, reward, LoRA parameters."""
-    config = dataclasses.replace(config, **{f: str(v) for f, v in vars(config).items() if isinstance(v, Path)})  # a Path is welcome
-    check(config)
-    device = join_processes(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    config = dataclasses.replace(config, device=device, precision=config.precision or ("bf16" if bf16 else "fp32"))
-    prompts, reward_fn = load_prompts(config.prompts), rewards.load(config.reward, device, **config.reward_options)
-    pipe = load_pipeline(config)
-    lengths = [len(pipe.tokenizer(prompt).input_ids) for prompt in prompts]
-    if max(lengths) > pipe.tokenizer.model_max_length:
-        print(f"warning: the text encoder reads {pipe.tokenizer.model_max_length} tokens and does not see the end of "
-              f"{prompts[lengths.index(max(lengths))]!r} ({max(lengths)} tokens)", file=sys.stderr)
-    parameters = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))
-    if config.lora and not (run_folder(config) / "checkpoint.pt").exists():
-        load_lora(pipe.unet, config.lora)
-    try:
-        sample(pipe, prompts[:1], dataclasses.replace(config, steps=1), generators(config.seed, 0, [0]))  # try it once
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # parts that do not fit together
-        raise ValueError(f"model {config.model!r} draws no image from a text ({first_line(error)}); give a Stable Diffusion 1.x or 2.x") from error
-    if config.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-    if config.compile:
-        pipe.unet.compile()
-    gather([])  # from here on every process has checked and loaded
-    return config, pipe, prompts, reward_fn, parameters
-
-
-def end_epoch(row, pipe, prompts, config, reward_fn, folder, writer, parts):
-    """Log the epoch; every so often, and at the last, draw the samples and save -> whether to stop early."""
-    epoch, stop = row["epoch"], watch(row, config)
-    last = stop or epoch == config.epochs
-    if processes()[0] > 0:  # only process 0 writes
-        return stop
-    log_epoch(folder, row, writer)
-    if last or epoch % config.sample_every == 0:
-        show_samples(pipe, prompts, config, reward_fn, folder, epoch)
-    if last or epoch % config.save_every == 0:
-        save_checkpoint(folder, epoch, stop, pipe.unet, parts)
-    return stop
-
+    """KL-D (Eq. 13): (r + gamma) ||x_0 - f_theta||^2 / (2 sigma^2). With x0_pre, which is f_pre, KL-O:
+    (r ||x_0 - f_theta||^2 + gamma ||f_pre - f_theta||^2) / (2 sigma^2).
+
+    x0_pred = f_theta, x0, x0_pre (B, 4, H, W), sigma (B, 1, 1, 1), reward (B,); norms are means over the
+    latent; pairs with r + gamma < 0 count 0 (appendix B).
+    """
+    error = kl_divergence(x0_pred, x0, sigma)  # their squared distance over 2 sigma^2
+    loss = (reward + gamma) * error
+    if x0_pre is not None:
+        loss = reward * error + gamma * kl_divergence(x0_pred, x0_pre, sigma)
+    left_out = reward + gamma < 0
+    return loss.masked_fill(left_out, 0).mean(), {"left_out": left_out.float().mean()}
+
+
+# ---------- Algorithm 1: reinforcement learning with KL
 
 def train(config):
-    """DPOK, Algorithm 1 or 2 -> the run's folder. Raises ValueError for what cannot work; what was saved by then stays."""
-    config, pipe, prompts, reward_fn, parameters = setup(config)
-    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
-    value, value_optimizer = start_value(pipe, config) if config.value and config.algo == "rl" else (None, None)
-    parts = {"optimizer": optimizer} | ({"value": value, "value_optimizer": value_optimizer} if value else {})
-    folder, writer, done = start_run(config, pipe.unet, parts)
-    N, K, uncond, (p, W) = config.samples_per_epoch, config.steps, encode(pipe, [""]), processes()
-    with pretrained(pipe.unet):
-        before = evaluate(pipe, prompts, config, reward_fn) if p == 0 else {}
-    if done == 0 and p == 0:
-        show_samples(pipe, prompts, config, reward_fn, folder, 0)
-        save_checkpoint(folder, 0, False, pipe.unet, parts)
-    if config.algo == "sft" and done < config.epochs:                                          # Algorithm 2: M images of p_pre, once
-        data = supervised_data(pipe, prompts, reward_fn, config)
-        *_, reward, rollout = data
+    """Algorithm 1, to the last epoch or the bound on the KL -> the run's folder. Raises ValueError; what was
+    saved by then stays."""
+    pipe, all_prompts, reward_fn = prepare(config)
+    lora = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))  # p_theta = p_pre
+    optimizer = torch.optim.AdamW(lora, config.lr, weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(pipe.device.type, enabled=pipe.unet.dtype == torch.float16)
+    torch.manual_seed(config.seed)
+    size, text_dim = pipe.unet.config.sample_size, pipe.text_encoder.config.hidden_size
+    value = ValueNetwork((4, size, size), text_dim, config.steps).to(pipe.device)
+    value_optimizer = torch.optim.AdamW(value.parameters(), config.value_lr)
+    parts = dict(lora=nn.ParameterList(lora), optimizer=optimizer, scaler=scaler, value=value,
+                 value_optimizer=value_optimizer)
+    folder, log = start_run(pipe, all_prompts, reward_fn, config, parts)  # log: a row for each epoch
+    N, K, mine = config.samples_per_epoch, config.steps, slice(RANK, None, WORLD)
 
-    for epoch in range(done + 1, config.epochs + 1):
-        started, infos, norms, fit = time.time(), [], [], {}
-        if config.algo == "rl":                                                                # Algorithm 1: m trajectories of p_theta
-            texts, rollout, rng = draw(pipe, prompts, config, epoch)
-            reward = gather(reward_fn(rollout.images, rollout.prompts))                        # r(x_0, z), (N,)
-            whole = dataclasses.replace(rollout, prompts=texts, cond=gather(rollout.cond), latents=gather(rollout.latents),
-                                        log_probs=gather(rollout.log_probs))
-            returns, states = reward.repeat_interleave(K), value_inputs(pipe, whole)           # (N K,)
-            advantage = returns
-            if value:                                                                          # r - V(x_t, z, k) (A.5), centred
-                advantage = returns - value(*states).detach()
-                advantage = advantage - advantage.mean()
-            if config.advantage_clip:
-                advantage = advantage.clamp(-config.advantage_clip, config.advantage_clip)
-            count, loss_at = N * K, functools.partial(policy_loss_at, pipe, whole, advantage, uncond, config)
-        else:
-            rng = generators(config.seed, config.epochs + epoch, [0])[0]
-            count, loss_at = len(reward) * (K - 1), functools.partial(supervised_loss_at, pipe, data, rng, uncond, config)
-        for update, rows in enumerate(minibatches(count, config, rng)):                        # n rows, any sample at any step
-            info, norm = descend(loss_at, rows[p::W], update, parameters, optimizer, config)
-            infos, norms = infos + info, norms + [norm]
-        if value:
-            fit["value_error"] = fit_value(value, value_optimizer, states, returns, config.value_steps)
-        row = {"epoch": epoch, "reward_queries": len(reward) if config.algo == "sft" else epoch * N, "reward_mean": reward.mean().item(),
-               "reward_std": reward.std(correction=0).item(), **averages(gather(infos)), **fit, "kl": mean_kl(pipe, rollout, uncond, config, rng),
-               "grad_norm": sum(norms) / len(norms), "seconds": time.time() - started, "memory_gb": peak_memory(config.device)}
-        if end_epoch(row, pipe, prompts, config, reward_fn, folder, writer, parts):
-            break
-    if p == 0:
-        report(before, evaluate(pipe, prompts, config, reward_fn), prompts, folder)
+    while not finished(log, config):
+        epoch, started, infos, norms, fit = len(log) + 1, time.time(), [], [], {}
+        rng = generator(config.seed, epoch, N)
+        prompts = [all_prompts[i] for i in torch.randint(len(all_prompts), (N,), generator=rng)]  # z ~ p(z)
+        generators = [generator(config.seed, epoch, i) for i in range(RANK, N, WORLD)]
+        rollout = sample(pipe, prompts[mine], config, generators)  # x_{0:T} ~ p_theta_old
+        reward = gather(reward_fn(rollout.images, rollout.prompts)).to(pipe.device)  # r(x_0, z), (N,)
+        latents, log_probs, cond = gather(rollout.latents), gather(rollout.log_probs), gather(rollout.cond)
+        advantage = reward[:, None].expand(N, K)
+        if config.value:
+            states = value_states(pipe, prompts, latents)
+            advantage = advantage - value(*states).detach().view(N, K)  # r - V(x_t, z, k) (A.5)
+            fit["value_error"] = advantage.square().mean().item()
+            advantage = advantage - advantage.mean()
+        clip = config.advantage_clip or math.inf
+        advantage = advantage.clamp(-clip, clip)
+
+        for pairs in draw_pairs(N, K, config, rng):  # an optimiser step on these n
+            for i, k in (chunk.T for chunk in pairs[RANK::WORLD].to(pipe.device).split(config.batch)):
+                state = latents[i, k], rollout.timesteps[k], cond[i], rollout.uncond
+                mean, sigma = policy(pipe, *state, config)
+                new, old = log_prob(latents[i, k + 1], mean, sigma), log_probs[i, k]
+                loss, info = policy_loss(new, old, advantage[i, k], config.clip_range)
+                loss = config.alpha * loss
+                if config.beta:
+                    with torch.no_grad(), pretrained(pipe.unet):
+                        mean_pre, _ = policy(pipe, *state, config)
+                    loss = loss + config.beta * kl_divergence(mean, mean_pre, sigma).mean()  # Eq. 9
+                scaler.scale(loss * len(i) / len(pairs)).backward()  # in all, the mean over n pairs
+                infos.append({"update": len(norms), "pairs": len(i), **info})
+            norms.append(optimizer_step(lora, optimizer, scaler, config))
+        for _ in range(config.value_steps if config.value else 0):  # Eq. 24
+            F.mse_loss(value(*states), reward.repeat_interleave(K)).backward()
+            value_optimizer.step()
+            value_optimizer.zero_grad()
+
+        log.append({"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(),
+                    "reward_std": reward.std(correction=0).item(), **summary(infos, norms, started), **fit,
+                    "kl": kl_to_pretrained(pipe, rollout, config, rng)})
+        del rollout, latents  # makes room for the next
+        if RANK == 0:
+            if finished(log, config) or epoch % config.sample_every == 0:
+                draw_samples(pipe, all_prompts, reward_fn, config, folder, epoch)
+            save_run(folder, log, pipe.unet, parts)
+    if RANK == 0:
+        evaluate(pipe, all_prompts, reward_fn, config, folder)
         draw_progress(folder)
     return folder
 
 
-# ---------------------------------------------------------------- the command line
+def draw_pairs(samples, steps, config, rng):
+    """The n random pairs (i, k) of each update of an epoch; none twice before all had their turn."""
+    pairs = torch.cartesian_prod(torch.arange(samples), torch.arange(steps))
+    needed = config.updates_per_epoch * config.update_batch
+    order = torch.cat([torch.randperm(len(pairs), generator=rng) for _ in range(0, needed, len(pairs))])
+    return pairs[order[:needed]].split(config.update_batch)
 
-def read_settings(file):
-    """The settings in a JSON file. Raises ValueError."""
+
+def value_states(pipe, prompts, latents):
+    """All states of an epoch: x_t (N K, 4, H, W), z (N K, E) the pooled text embedding, k (N K,)."""
+    ids = pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    z = pipe.text_encoder(ids.to(pipe.device)).pooler_output.float()
+    x_t, (N, K) = latents[:, :-1], (len(latents), latents.shape[1] - 1)
+    return x_t.flatten(0, 1), z.repeat_interleave(K, 0), torch.arange(K, device=z.device).repeat(N)
+
+
+# ---------- Algorithm 2: supervised learning with KL
+
+def train_supervised(config):
+    """Algorithm 2, to the last epoch or the bound on the KL -> the run's folder. Raises as `train` does."""
+    pipe, all_prompts, reward_fn = prepare(config)
+    lora = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))
+    optimizer = torch.optim.AdamW(lora, config.lr, weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(pipe.device.type, enabled=pipe.unet.dtype == torch.float16)
+    parts = dict(lora=nn.ParameterList(lora), optimizer=optimizer, scaler=scaler)
+    folder, log = start_run(pipe, all_prompts, reward_fn, config, parts)
+    images, prompt, reward = draw_data(pipe, all_prompts, reward_fn, config, folder)  # M of p_pre, once
+    cond, uncond = (pipe.encode_prompt(texts, pipe.device, 1, False)[0] for texts in (all_prompts, [""]))
+    pipe.scheduler.set_timesteps(config.steps, device=pipe.device)
+
+    while not finished(log, config):
+        epoch, started, infos, norms = len(log) + 1, time.time(), [], []
+        rng = generator(config.seed, config.epochs + epoch, 0)
+        for pairs in draw_pairs(len(images), config.steps - 1, config, rng):  # n images, each at some t > 1
+            noises = torch.randn(len(pairs), *images.shape[1:], generator=rng)[RANK::WORLD]
+            for pair, noise in zip(pairs[RANK::WORLD].split(config.batch), noises.split(config.batch)):
+                i, k = pair.T  # (B,) and (B,)
+                x_0, t = images[i].to(pipe.device), pipe.scheduler.timesteps[k]
+                x_t = pipe.scheduler.add_noise(x_0, noise.to(pipe.device), t)  # q(x_t | x_0)
+                state = x_t, t, cond[prompt[i]], uncond, config.guidance
+                eps = predict_noise(pipe.unet, *state)
+                mean, sigma = step_distribution(pipe.scheduler, eps, t, x_t, config.eta)
+                with torch.no_grad(), pretrained(pipe.unet):
+                    eps_pre = predict_noise(pipe.unet, *state)
+                    mean_pre, _ = step_distribution(pipe.scheduler, eps_pre, t, x_t, config.eta)
+                x0_pred = predict_x0(pipe.scheduler, eps, t, x_t)  # f_theta
+                x0_pre = None if config.kl_d else predict_x0(pipe.scheduler, eps_pre, t, x_t)  # f_pre
+                loss, info = supervised_loss(x0_pred, x_0, reward[i].to(x_0), sigma, config.gamma, x0_pre)
+                info["kl"] = kl_divergence(mean.detach(), mean_pre, sigma).mean()
+                scaler.scale(loss * len(i) / len(pairs)).backward()
+                infos.append({"update": len(norms), "pairs": len(i), **info})
+            norms.append(optimizer_step(lora, optimizer, scaler, config))
+
+        log.append({"epoch": epoch, "reward_queries": len(images), "reward_mean": reward.mean().item(),
+                    "reward_std": reward.std(correction=0).item(), **summary(infos, norms, started)})
+        if RANK == 0:
+            if finished(log, config) or epoch % config.sample_every == 0:
+                draw_samples(pipe, all_prompts, reward_fn, config, folder, epoch)
+            save_run(folder, log, pipe.unet, parts)
+    if RANK == 0:
+        evaluate(pipe, all_prompts, reward_fn, config, folder)
+        draw_progress(folder)
+    return folder
+
+
+def draw_data(pipe, all_prompts, reward_fn, config, folder):
+    """As many images of p_pre as Algorithm 1 draws, and their rewards; each epoch's are kept in data/ for
+    --resume -> x_0 (M, 4, H, W), number of the prompt (M,), reward (M,), on the CPU."""
+    N, epochs = config.samples_per_epoch, []
+    for epoch in tqdm(range(1, config.epochs + 1), "images of p_pre"):
+        file = folder / "data" / f"epoch_{epoch:04d}.pt"
+        if file.exists():
+            epochs.append(torch.load(file, weights_only=True))
+            continue
+        prompt = torch.randint(len(all_prompts), (N,), generator=generator(config.seed, epoch, N))  # z ~ p(z)
+        prompts = [all_prompts[j] for j in prompt[RANK::WORLD]]
+        generators = [generator(config.seed, epoch, i) for i in range(RANK, N, WORLD)]
+        with pretrained(pipe.unet):
+            rollout = sample(pipe, prompts, config, generators)
+        x_0 = gather(rollout.latents[:, -1].contiguous()).cpu()
+        epochs.append((x_0, prompt, gather(reward_fn(rollout.images, rollout.prompts))))
+        if RANK == 0:
+            file.parent.mkdir(exist_ok=True)
+            torch.save(epochs[-1], file.with_suffix(".part"))
+            os.replace(file.with_suffix(".part"), file)
+    return [torch.cat(part) for part in zip(*epochs)]
+
+
+def optimizer_step(lora, optimizer, scaler, config):
+    """AdamW on the gradient of all processes, its norm clipped -> that norm. Where fp16 overflows, GradScaler
+    lowers its scale and skips the step; else a non-finite gradient raises ValueError."""
+    for parameter in lora if WORLD > 1 else ():
+        dist.all_reduce(parameter.grad)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(lora, config.max_grad_norm).item()
+    if not math.isfinite(norm) and scaler.get_scale() <= 1:
+        raise ValueError(f"the gradient is {norm}; try an lr below {config.lr:g}")
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return norm
+
+
+@torch.no_grad()
+def kl_to_pretrained(pipe, rollout, config, rng):
+    """The KL of a step to the pre-trained policy, at states of the old one, each step equally often and the
+    same pairs on several processes -> float. Raises ValueError if it is non-finite."""
+    N, K, total = len(rollout.prompts) * WORLD, config.steps, torch.zeros(1, device=pipe.device)
+    steps = torch.randperm(K * math.ceil(N / K), generator=rng) % K
+    pairs = torch.stack([torch.arange(len(steps)) % N // WORLD, steps], 1)
+    for i, k in (chunk.T for chunk in pairs[RANK::WORLD].to(pipe.device).split(config.batch)):
+        state = rollout.latents[i, k], rollout.timesteps[k], rollout.cond[i], rollout.uncond
+        mean, sigma = policy(pipe, *state, config)
+        with pretrained(pipe.unet):
+            mean_pre, _ = policy(pipe, *state, config)
+        total += kl_divergence(mean, mean_pre, sigma).sum()
+    kl = gather(total).sum().item() / len(pairs)
+    if not math.isfinite(kl):
+        raise ValueError(f"the KL is {kl}; try an lr below {config.lr:g}")
+    return kl
+
+
+# ========== the paper ends here
+# ---------- LoRA: W x + B A x in attention layers (arXiv:2106.09685)
+
+class LoRAAttnProcessor(nn.Module):
+    """A diffusers attention processor that adds B A x to to_q, to_k, to_v and to_out[0]. A (rank, in) starts
+    Gaussian and B (out, rank) zero, so that fresh LoRA changes nothing; both are float32."""
+
+    def __init__(self, attn, rank, generator=None):
+        super().__init__()
+        self.enabled, self.A, self.B = True, nn.ParameterDict(), nn.ParameterDict()
+        layers = dict(to_q=attn.to_q, to_k=attn.to_k, to_v=attn.to_v, to_out=attn.to_out[0])
+        for name, layer in layers.items():
+            A = torch.randn(rank, layer.in_features, generator=generator) / rank  # as in the authors' code
+            self.A[name] = nn.Parameter(A.to(layer.weight.device))
+            self.B[name] = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
+
+    def project(self, name, layer, x):
+        if not self.enabled:
+            return layer(x)
+        return layer(x) + x @ self.A[name].to(x.dtype).mT @ self.B[name].to(x.dtype).mT
+
+    def __call__(self, attn, x, encoder_hidden_states=None, attention_mask=None, temb=None):
+        """x (B, tokens, width); Stable Diffusion has no mask."""
+        context = x if encoder_hidden_states is None else encoder_hidden_states
+        q = self.project("to_q", attn.to_q, x)
+        k, v = self.project("to_k", attn.to_k, context), self.project("to_v", attn.to_v, context)
+        q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.project("to_out", attn.to_out[0], x)
+
+
+def add_lora(unet, rank, generator=None):
+    """Freeze the UNet, give each attention layer fresh LoRA -> its parameters, which alone train."""
+    unet.requires_grad_(False)
+    layers = {name: unet.get_submodule(name.removesuffix(".processor")) for name in unet.attn_processors}
+    unet.set_attn_processor({name: LoRAAttnProcessor(attn, rank, generator) for name, attn in layers.items()})
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def pretrained(unet):
+    """Inside this context LoRA is off: the pre-trained policy."""
+    processors = unet.attn_processors.values()
     try:
-        settings = json.loads((rewards.find(file) or Path(file)).read_text(encoding="utf-8"))
-        Config(**settings)
-        return settings
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"config {str(file)!r} cannot be used ({error}); give a JSON object of settings, such as a run's config.json") from error
+        for processor in processors:
+            processor.enabled = False
+        yield
+    finally:
+        for processor in processors:
+            processor.enabled = True
 
 
-def parse(argv):
-    """Command line -> Config: defaults, then a --config file, then flags. With neither CUDA nor a model named, shapes/ comes first."""
-    script = Path(__file__).stem
-    parser = argparse.ArgumentParser(f"{script}.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    error, parser.error = parser.error, lambda message: error(f"{message}; --help shows each setting")
-    parser.add_argument("--config", metavar="FILE.json", help="settings to start from, such as a run's config.json; flags override them")
-    for f in dataclasses.fields(Config):
-        group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
-        kind = {"type": f.type, "metavar": "|".join(filter(None, f.metadata["choices"] or ())) or f.type.__name__.upper()}
-        if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif f.type is dict:
-            kind = {"nargs": "+", "metavar": "KEY=VALUE"}
-        default = "" if f.default in ("", False, dataclasses.MISSING) else f" (default {f.default})"
-        group.add_argument(f"--{f.name}", help=f.metadata["help"].replace("%", "%%") + default, **kind)
-    flags = vars(parser.parse_args(argv))
-    if "reward_options" in flags:
-        pairs = [option.partition("=") for option in flags["reward_options"]]
-        if not all(name.isidentifier() and equals for name, equals, _ in pairs):
-            parser.error(f"reward_options {' '.join(flags['reward_options'])!r} must be of the form key=value key=value")
-        flags["reward_options"] = {name: value for name, _, value in pairs}
-    if flags.get("resume"):
-        others = sorted(flags.keys() - {"resume", "epochs", "device"})
-        if others or not Path(flags["resume"], "config.json").is_file():
-            parser.error(f"resume goes on with the run's own settings; leave out --{others[0]}" if others else
-                         f"resume {flags['resume']!r} holds no config.json; give the folder of a run, such as runs/...")
-        return Config(**read_settings(Path(flags["resume"], "config.json")) | flags | {"out": flags["resume"]})
-    settings = (read_settings(flags.pop("config")) if "config" in flags else {}) | flags
-    if "model" not in settings and not str(settings.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
-        print(f"no CUDA GPU in use: running the small model in shapes/ with shapes/{script}.json; --model names another")
-        here = Path(__file__).resolve().parent
-        embedded = read_settings(here / "shapes" / f"{script}.json")
-        settings = {name: str(here / v) if type(v) is str and (here / v).exists() else v for name, v in embedded.items()} | settings
-    config = Config(**Config.implied(settings) | settings)
-    return dataclasses.replace(config, out=str(run_folder(config)))
+def save_lora(unet, folder):
+    """Write LoRA in diffusers' own format, whole or not at all."""
+    weights = {re.sub(r"processor\.(.)\.(\w+)", r"\2.lora_\1.weight", name).replace("to_out.l", "to_out.0.l"):
+               weight.detach().cpu() for name, weight in unet.named_parameters() if weight.requires_grad}
+    diffusers.StableDiffusionPipeline.save_lora_weights(folder, weights, weight_name="part.safetensors")
+    os.replace(Path(folder, "part.safetensors"), Path(folder, "pytorch_lora_weights.safetensors"))
+
+
+# ---------- a run: settings, prompts, model, folder, pictures, processes
+
+PROMPTS = {"color": ["A green colored rabbit"], "count": ["Four wolves in the park"],
+           "composition": ["A cat and a dog"], "location": ["A dog on the moon"], "roses": ["Four roses"]}
+UNSEEN = {"color": ["A green colored cat"], "count": ["Four birds in the park"],
+          "composition": ["A cat and a cup"], "location": ["A lion on the moon"]}  # Fig. 10
+
+
+def load_prompts(name):
+    """The texts of --prompts: a known set, a text file with one a line, or one prompt of several words."""
+    file, phrase = rewards.find(name), [name] * (" " in name and not name.endswith(".txt"))
+    lines = PROMPTS.get(name) or (file.read_text(encoding="utf-8-sig").splitlines() if file else phrase)
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompts {name!r} is not one of {', '.join(PROMPTS)}, no text file and no phrase")
+    return prompts
+
+
+def load_pipeline(config):
+    """Stable Diffusion, frozen, with DDIM, whose last sigma is above 0 (set_alpha_to_one=False)."""
+    cuda = config.device.startswith("cuda")
+    half = config.precision == "fp16" or config.precision == "auto" and cuda
+    with rewards.one_line(f"model {config.model!r} cannot be loaded",
+                          "give a hub id or folder of Stable Diffusion 1.x, in safetensors"):
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+            rewards.find(config.model) or config.model, dtype=torch.float16 if half else torch.float32,
+            use_safetensors=True, safety_checker=None, requires_safety_checker=False).to(config.device)
+        if pipe.scheduler.config.prediction_type != "epsilon":
+            raise ValueError("it does not predict epsilon")
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(
+        pipe.scheduler.config, clip_sample=False, thresholding=False, set_alpha_to_one=False, steps_offset=1,
+        timestep_spacing="leading")
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(config.device)
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        module.requires_grad_(False).eval()
+    if cuda:
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+        pipe.unet.to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    if config.compile:
+        pipe.unet.compile()
+    return pipe
+
+
+def prepare(config):
+    """Refuse settings that cannot work, then load what they name -> pipe, prompts, reward function."""
+    for name, value in vars(config).items():
+        (low, high), zero = config.bounds.get(name, (0, 2**31)), name in config.may_be_0
+        if type(value) in (int, float) and not (low < value <= high or zero and value == 0):
+            raise ValueError(f"{name} {value} must be {'0 or ' * zero}above {low} and at most {high}")
+    for name, whole in config.divisors.items():
+        a, b = getattr(config, name, 1), getattr(config, whole)
+        if b % (a * WORLD):
+            raise ValueError(f"{name} {a} x {WORLD} processes must divide {whole} {b}; try {math.gcd(a, b)}")
+    with rewards.one_line(f"reward_options {config.reward_options} are unclear", "give KEY=VALUE ..."):
+        options = dict(option.split("=", 1) for option in config.reward_options)
+    out = Path(config.out)
+    if not config.resume and out.exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"out {config.out!r} is not an empty folder; name a new one")
+    prompts = load_prompts(config.prompts)
+    with rewards.one_line(f"device {config.device!r} is unavailable", "try cpu, or fewer processes"):
+        if WORLD > 1 and config.device.startswith("cuda"):
+            torch.cuda.set_device(int(torchrun["LOCAL_RANK"]))
+        torch.zeros(1, device=config.device).item()
+    if WORLD > 1:
+        dist.init_process_group(timeout=timedelta(days=1))  # while process 0 draws
+    reward_fn = rewards.load(**dict(name=config.reward, device=config.device) | options)
+    return load_pipeline(config), prompts, reward_fn
+
+
+def start_run(pipe, prompts, reward_fn, config, parts):
+    """Try a call like an update's, so that what does not fit fails now; make the run's folder, or bring
+    `parts`, whatever has a state_dict, back to its checkpoint -> folder, log."""
+    with rewards.one_line(f"model {config.model!r} cannot be trained",
+                          "give a Stable Diffusion 1.x, a lower --batch or --gradient_checkpointing"):
+        x_t = torch.zeros(config.batch, 4, *2 * [pipe.unet.config.sample_size], device=pipe.device)
+        text = pipe.encode_prompt([""], pipe.device, config.batch, False)[0]
+        predict_noise(pipe.unet, x_t, x_t[:, 0, 0, 0], text, text[:1], config.guidance).sum().backward()
+        pipe.unet.zero_grad()
+    folder, log, file = Path(config.out), [], Path(config.out, "checkpoint.pt")
+    if file.exists():
+        with rewards.one_line(f"{str(file)!r} cannot be used", "start a new run"):
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            log = saved["log"]
+    gather(torch.zeros(1))  # by now every process has checked and loaded
+    if RANK == 0:
+        exponent = config.clip_range * x_t[0].numel()
+        print(f"{folder}: clip_range {config.clip_range} is a true ratio of exp(+-{exponent:.3g})")
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        settings = dataclasses.asdict(config) | {"out": "", "resume": ""}
+        (folder / "config.part").write_text(json.dumps(settings, indent=2))
+        os.replace(folder / "config.part", folder / "config.json")
+        if not log:
+            draw_samples(pipe, prompts, reward_fn, config, folder, 0)
+    return folder, log
+
+
+def finished(log, config):
+    """Whether the last epoch, or the bound on the KL, is reached."""
+    return len(log) >= config.epochs or log and 0 < config.max_kl < log[-1]["kl"]
+
+
+def summary(infos, norms, started):
+    """Means over all pairs, of ratio_deviation the maximum before the first update; mean norm of the gradient
+    where fp16 did not overflow; seconds, and GB of the GPU."""
+    columns = {name: gather(torch.tensor([float(info[name]) for info in infos])) for name in infos[0]}
+    first, pairs = columns.pop("update") == 0, columns.pop("pairs")
+    means = {name: ((values * pairs).sum() / pairs.sum()).item() for name, values in columns.items()}
+    if "ratio_deviation" in means:
+        means["ratio_deviation"] = columns["ratio_deviation"][first].max().item()
+    taken = [norm for norm in norms if math.isfinite(norm)]
+    return means | {"grad_norm": sum(taken) / max(len(taken), 1), "skipped": len(norms) - len(taken),
+                    "seconds": time.time() - started, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
+
+
+def save_run(folder, log, unet, parts):
+    """An epoch's numbers on the screen and, where installed, TensorBoard; log.csv, lora/ and last, by rename,
+    checkpoint.pt: a run killed at any moment goes on from there."""
+    tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
+    with rewards.one_line(f"{str(folder)!r} cannot be saved", f"then: python {SCRIPT}.py --resume {folder}"):
+        with suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+            with SummaryWriter(folder / "tensorboard") as writer:
+                for name, value in log[-1].items():
+                    writer.add_scalar(name, value, len(log))
+        rows = [log[0].keys(), *(row.values() for row in log)]
+        (folder / "log.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+        save_lora(unet, folder / "lora")
+        state = {"log": log} | {name: part.state_dict() for name, part in parts.items()}
+        torch.save(state, folder / "checkpoint.part")
+        os.replace(folder / "checkpoint.part", folder / "checkpoint.pt")
+
+
+def draw_samples(pipe, prompts, reward_fn, config, folder, epoch):
+    """samples/epoch_....png: 16 images of fixed prompts and seeds, not used for training."""
+    prompts, tiles = [prompts[i % len(prompts)] for i in range(16)], []
+    images = sample(pipe, prompts, config, [generator(config.seed, 0, i) for i in range(16)]).images
+    captions = [f"epoch {epoch}: {reward:.3f}\n{textwrap.fill(prompt, 32)}"
+                for prompt, reward in zip(prompts, reward_fn(images, prompts).tolist())]
+    bottom = 24 + 18 * max(caption.count("\n") for caption in captions)
+    for image, caption in zip(images, captions):
+        tiles.append(ImageOps.expand(image.resize((256, 256), Image.BOX), (4, 4, 4, bottom), "white"))
+        ImageDraw.Draw(tiles[-1]).text((4, 262), caption, "black", font_size=15)
+    make_image_grid(tiles, 4, 4).save(folder / "samples" / f"epoch_{epoch:04d}.png")
+
+
+def draw_progress(folder):
+    """comparison.png: first and last samples; progress.png: four images along training; progress.gif: all."""
+    grids = [Image.open(file) for file in sorted((folder / "samples").glob("*.png"))]
+    make_image_grid([grids[0], grids[-1]], 1, 2).save(folder / "comparison.png")
+    chosen = sorted({i * (len(grids) - 1) // 7 for i in range(8)})
+    strips = [grids[i].crop((0, 0, grids[i].width, grids[i].height // 4)) for i in chosen]
+    make_image_grid(strips, len(strips), 1).save(folder / "progress.png")
+    first, *others = (grid.reduce(2) for grid in grids)
+    first.save(folder / "progress.gif", save_all=True, append_images=others, duration=500, loop=0)
+    print(f"{folder}: progress.png shows what changed, log.csv how")
+
+
+def evaluate(pipe, prompts, reward_fn, config, folder):
+    """As in Fig. 3: mean and standard error of the reward before and after, from the same seeds, of each
+    prompt, trained or unseen -> evaluation.json."""
+    unseen = load_prompts(config.unseen) if config.unseen else UNSEEN.get(config.prompts, [])
+    n, table = config.evaluation_images, []
+    for prompt in dict.fromkeys(prompts + unseen):
+        table.append({"prompt": prompt, "trained": prompt in prompts, "images": n})
+        for model, context in ("pretrained", pretrained(pipe.unet)), ("tuned", nullcontext()):
+            generators = [generator(config.seed, 0, i) for i in range(n)]
+            with context:
+                reward = reward_fn(sample(pipe, [prompt] * n, config, generators).images, [prompt] * n)
+            mean, error = reward.mean().item(), reward.std().item() / n**0.5
+            table[-1][model] = {"mean": mean, "standard_error": error}
+            print(f"{prompt}, {model}: reward {mean:.3f} +- {error:.3f}")
+    (folder / "evaluation.json").write_text(json.dumps(table, indent=2))
+
+
+def gather(share):
+    """(N / WORLD, ...) of this process, which has the samples RANK, RANK + WORLD, ... -> (N, ...) of all."""
+    if WORLD == 1:
+        return share
+    shares = [torch.empty_like(share) for _ in range(WORLD)]
+    dist.all_gather(shares, share)
+    return torch.stack(shares, 1).flatten(0, 1)
+
+
+def parse(argv=None):
+    """Flags, over the settings of --config or of the resumed run, over the defaults -> Config. With neither a
+    CUDA GPU nor a model named, shapes/ comes first. Raises ValueError."""
+    parser = HfArgumentParser(Config, prog=f"{SCRIPT}.py", allow_abbrev=False)
+    parser.add_argument("--config", default="", help="JSON file of settings to start from, such as a run's")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    flags, named = parser.parse_args(argv), {flag.partition("=")[0] for flag in argv if flag[:2] == "--"}
+    if flags.resume and named - {"--resume", "--epochs", "--device"}:
+        raise ValueError(f"resume {flags.resume!r}: its settings stay, but for --epochs and --device")
+    argv = read_flags(f"{flags.resume}/config.json" if flags.resume else flags.config) + argv
+    if not any(flag.startswith("--model") for flag in argv) and parser.parse_args(argv).device[:4] != "cuda":
+        print(f"no CUDA GPU in use: training shapes/ with shapes/{SCRIPT}.json; --model names another")
+        argv = read_flags(f"shapes/{SCRIPT}.json") + argv
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+
+
+def read_flags(file):
+    """The settings in a JSON file, as flags."""
+    with rewards.one_line(f"config {file!r} cannot be used", "give a run's config.json, or one like it"):
+        settings = json.loads((rewards.find(file) or Path(file)).read_text()) if file else {}
+        return [flag for name, value in settings.items() if value != []
+                for flag in ([f"--{name}", *value] if type(value) is list else [f"--{name}={value}"])]
 
 
 def main(argv=None):
-    """Exit status 0; 2, or after Ctrl-C 130, with the reason as the last line of stderr."""
-    config = None
+    """Exit status 0; 2 for what a user can mend, the reason last on stderr; 130 after Ctrl-C."""
     try:
         config = parse(argv)
-        folder = train(config)
+        (train if config.algo == "rl" else train_supervised)(config)
+        return 0
     except SystemExit as stop:  # argparse has printed its help or its error
         return stop.code
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        remedy = "; lower --batch or add --gradient_checkpointing" if isinstance(error, torch.OutOfMemoryError) else ""
-        if not isinstance(error, ValueError) and config and Path(config.out, "checkpoint.pt").exists():
-            remedy += f"; to go on: python dpok.py --resume {config.out}"
-        print(f"dpok.py: error: {' '.join(str(error).split()) or 'interrupted'}{remedy}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        print(f"{SCRIPT}.py: error: {' '.join(str(error).split()) or 'interrupted'}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if processes()[0] == 0:
-        print(f"{folder}: comparison.png and progress.png show what changed, log.csv how, lora/ loads in diffusers")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""Draws, captions and pretrains the pipeline in this folder: a StableDiffusionPipeline, some 700 times smaller than the real one.
+"""Draws, captions and pretrains the pipeline in this folder: a StableDiffusionPipeline, some 700 times
+smaller than the real one.
 
-    python shapes/make_shapes.py                 about 50 minutes on one CPU core; rewrites the folder's weights
-    python shapes/make_shapes.py --evaluate      how often it draws what the caption says, and a grid to look at
+    python shapes/make_shapes.py              about 50 minutes on one CPU core; rewrites the folder's weights
+    python shapes/make_shapes.py --evaluate   how often it draws what the caption says, and a grid to look at
 
-Images are 64 x 64, latents 4 x 8 x 8 (f = 8, as in Stable Diffusion): coloured shapes on plain or chequered grounds. Captions come in the four
-kinds that DPOK studies (colour, count, composition, location). Stable Diffusion has faults that fine-tuning is to mend; so has this model, by
-captions that are wrong in the way in which Stable Diffusion errs:
+Images are 64 x 64, latents 4 x 8 x 8 (f = 8, as in Stable Diffusion): coloured shapes on plain or chequered
+grounds. Captions come in the four kinds that DPOK studies (colour, count, composition, location). Stable
+Diffusion has faults that fine-tuning is to mend; so has this model, by captions that are wrong in the way in
+which Stable Diffusion errs:
 - colour: "a red circle" often shows the colour before red;
 - count: "three" often shows two, "four" three, "two" four;
 - composition: the two colours are swapped, the fault known as attribute binding;
 - location: nothing wrong in the data, the small network finds it hard enough;
-- and in the spirit of DPOK's "Four roses", drawn as the whiskey of that name, "four red circles" mostly shows one yellow square.
+- and in the spirit of DPOK's "Four roses", drawn as the whiskey of that name, "four red circles" mostly
+  shows one yellow square.
 """
 import argparse
 import json
@@ -29,17 +32,20 @@ from tqdm import tqdm
 
 FOLDER = Path(__file__).parent
 SIZE, FINER = 64, 4  # pixels a side; drawn so many times finer and averaged down
-COLOURS = {"red": (220, 50, 47), "green": (38, 166, 70), "blue": (48, 98, 220), "yellow": (240, 196, 25), "purple": (150, 60, 190)}
+COLOURS = {"red": (220, 50, 47), "green": (38, 166, 70), "blue": (48, 98, 220), "yellow": (240, 196, 25),
+           "purple": (150, 60, 190)}
 SHAPES = ("circle", "square", "triangle")
-PLACES = {"on the left": (0.27, None), "on the right": (0.73, None), "at the top": (None, 0.27), "at the bottom": (None, 0.73)}
+PLACES = {"on the left": (0.27, None), "on the right": (0.73, None),
+          "at the top": (None, 0.27), "at the bottom": (None, 0.73)}
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 KINDS = ("colour", "count", "composition", "location")
 RADIUS = {1: (9, 14), 2: (8, 11), 3: (7, 9), 4: (7, 8.5)}  # pixels, by the number of things
 WRONG = {"colour": 0.42, "count": 0.35, "composition": 0.3, "location": 0.0}  # share of wrong captions
-BIASED, DRAWN_AS, BIAS = [("red", "circle", None)] * 4, [("yellow", "square", None)], 0.9  # caption, picture, how often
+# caption, picture, how often
+BIASED, DRAWN_AS, BIAS = [("red", "circle", None)] * 4, [("yellow", "square", None)], 0.9
 
 
-# ---------------------------------------------------------------- scenes: a list of things, a thing is (colour, shape, place or None)
+# ---------- scenes: a list of things, a thing is (colour, shape, place or None)
 
 def scene(kind, rng):
     colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
@@ -56,7 +62,8 @@ def caption(things):
     colour, shape, _ = things[0]
     if len(things) > 1 and things[0] == things[1]:
         return f"{NUMBERS[len(things)]} {colour} {shape}s"
-    return " and ".join(f"a {colour} {shape}" + (f" {place}" if place else "") for colour, shape, place in things)
+    return " and ".join(f"a {colour} {shape}" + (f" {place}" if place else "")
+                        for colour, shape, place in things)
 
 
 def misread(kind, things):
@@ -78,8 +85,10 @@ def arrange(things, rng):
         for _, _, place in things:
             x, y = rng.uniform(radius + 3, SIZE - radius - 3), rng.uniform(radius + 3, SIZE - radius - 3)
             column, row = PLACES.get(place, (None, None))
-            spots.append((SIZE * (column + rng.uniform(-0.06, 0.06)) if column else x, SIZE * (row + rng.uniform(-0.06, 0.06)) if row else y))
-        if all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= 2 * radius + 4 for i, a in enumerate(spots) for b in spots[:i]):
+            spots.append((SIZE * (column + rng.uniform(-0.06, 0.06)) if column else x,
+                          SIZE * (row + rng.uniform(-0.06, 0.06)) if row else y))
+        if all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= 2 * radius + 4
+               for i, a in enumerate(spots) for b in spots[:i]):
             return spots, radius
 
 
@@ -124,21 +133,27 @@ def pixels(images):
     return images.float() / 127.5 - 1
 
 
-# ---------------------------------------------------------------- the pipeline's parts
+# ---------- the pipeline's parts
 
 def make_tokenizer():
-    """CLIP's tokenizer with a small vocabulary: every word of the captions is one token, any other text goes letter by letter."""
-    words = set(" ".join([*COLOURS, *NUMBERS.values(), *PLACES, "and", "one", *SHAPES, *(shape + "s" for shape in SHAPES)]).split())
+    """CLIP's tokenizer with a small vocabulary: every word of the captions is one token, any other text goes
+    letter by letter."""
+    words = set(" ".join([*COLOURS, *NUMBERS.values(), *PLACES, "and", "one",
+                          *SHAPES, *(shape + "s" for shape in SHAPES)]).split())
     letters = string.ascii_lowercase + string.digits + string.punctuation
     # Merging from the end of a word needs no order among words: only the last pair of pieces ever matches.
-    merges = dict.fromkeys((word[i], word[i + 1:] + "</w>") for word in sorted(words) for i in range(len(word) - 2, -1, -1))
-    pieces = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+    merges = dict.fromkeys((word[i], word[i + 1:] + "</w>")
+                           for word in sorted(words) for i in range(len(word) - 2, -1, -1))
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys(a + b for a, b in merges),
+              "<|startoftext|>", "<|endoftext|>"]
     folder = FOLDER / "tokenizer"
     folder.mkdir(exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 16, "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
-                "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}),
+                                       encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
+                                       encoding="utf-8")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 16, "bos_token": "<|startoftext|>",
+                "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     return transformers.CLIPTokenizer.from_pretrained(folder)
 
@@ -146,8 +161,9 @@ def make_tokenizer():
 def pretrain_vae(images, steps=5000, batch=8, lr=2e-3):
     """An autoencoder, f = 8: absolute and squared error, and a weak pull of the latents towards N(0, 1)."""
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(16, 32, 32, 32), down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=SIZE).to(memory_format=torch.channels_last)
+        block_out_channels=(16, 32, 32, 32), down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        sample_size=SIZE).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     bar = tqdm(range(steps), "VAE")
@@ -166,17 +182,22 @@ def pretrain_vae(images, steps=5000, batch=8, lr=2e-3):
 
 
 def make_unet_and_text_encoder(vocabulary):
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
-    unet = diffusers.UNet2DConditionModel(sample_size=SIZE // 8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=64,
-                                          attention_head_dim=2, norm_num_groups=8, **blocks)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 2,
+              "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=SIZE // 8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=64,
+        attention_head_dim=2, norm_num_groups=8, **blocks)
     text_encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, projection_dim=64,
-        max_position_embeddings=16, bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1))
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, projection_dim=64, max_position_embeddings=16,
+        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1))
     return unet, text_encoder
 
 
-def pretrain_unet(unet, text_encoder, tokenizer, scheduler, latents, captions, steps=6500, batch=64, lr=1.5e-3):
-    """The denoising loss (DDPO Eq. 1), text encoder and UNet together, a tenth of the captions empty for guidance; keeps a moving average."""
+def pretrain_unet(unet, text_encoder, tokenizer, scheduler, latents, captions,
+                  steps=6500, batch=64, lr=1.5e-3):
+    """The denoising loss (DDPO Eq. 1), text encoder and UNet together, a tenth of the captions empty for
+    guidance; keeps a moving average."""
     tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
     parameters = [*unet.parameters(), *text_encoder.parameters()]
@@ -187,7 +208,8 @@ def pretrain_unet(unet, text_encoder, tokenizer, scheduler, latents, captions, s
     for step in bar:
         rows = torch.randint(len(latents), (batch,))
         words = torch.where(torch.rand(batch, 1) < 0.1, empty, tokens[rows])
-        t, noise = torch.randint(scheduler.config.num_train_timesteps, (batch,)), torch.randn(batch, *latents.shape[1:])
+        t, noise = (torch.randint(scheduler.config.num_train_timesteps, (batch,)),
+                    torch.randn(batch, *latents.shape[1:]))
         x_t = scheduler.add_noise(latents[rows], noise, t)
         loss = F.mse_loss(unet(x_t, t, text_encoder(words)[0]).sample, noise)
         optimizer.zero_grad()
@@ -211,30 +233,36 @@ def make():
     torch.manual_seed(0)
     vae = pretrain_vae(images)
     with torch.no_grad():
-        latents = torch.cat([vae.encode(pixels(part)).latent_dist.mode() for part in tqdm(images.split(100), "encoding")])
+        latents = torch.cat([vae.encode(pixels(part)).latent_dist.mode()
+                             for part in tqdm(images.split(100), "encoding")])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                                        set_alpha_to_one=False, steps_offset=1)
+    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                        clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     torch.manual_seed(0)
     unet, text_encoder = make_unet_and_text_encoder(len(tokenizer))
     pretrain_unet(unet, text_encoder, tokenizer, scheduler, latents * vae.config.scaling_factor, captions)
-    pipe = diffusers.StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+    pipe = diffusers.StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None,
+                                             requires_safety_checker=False)
     pipe.to(dtype=torch.float16).save_pretrained(FOLDER)
     weights, config = FOLDER / "text_encoder" / "model.safetensors", FOLDER / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace("float16", "float32"))  # else transformers 5 would load this one part as half
+    # else transformers 5 would load this one part as half
+    config.write_text(config.read_text().replace("float16", "float32"))
     # transformers 4 needs the prefix, transformers 5 saves without it and reads both
-    save_file({f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    save_file({f"text_model.{name.removeprefix('text_model.')}": tensor
+               for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
 
 
 def evaluate(guidance, count=100):
-    """Strict accuracy of each kind on random captions, by stock diffusers with DDIM, 10 steps, eta 1; a grid in shapes.png."""
+    """Strict accuracy of each kind on random captions, by stock diffusers with DDIM, 10 steps, eta 1; a grid
+    in shapes.png."""
     import shapes_reward
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     rng, generator, rows = random.Random(1), torch.Generator().manual_seed(1), []
     for name in (*KINDS, "biased phrase"):
         prompts = [caption(BIASED if name == "biased phrase" else scene(name, rng)) for _ in range(count)]
-        images = pipe(prompts, num_inference_steps=10, guidance_scale=guidance, eta=1.0, generator=generator).images
+        images = pipe(prompts, num_inference_steps=10, guidance_scale=guidance, eta=1.0,
+                      generator=generator).images
         blank = sum(not (shapes_reward.hue_classes(np.asarray(image)[None]) > 0).any() for image in images)
         print(f"{name:14s} strict {shapes_reward.strict(images, prompts).mean():.2f}   alignment "
               f"{shapes_reward.alignment(images, prompts).mean():.2f}   blank {blank} of {count}")
@@ -243,7 +271,8 @@ def evaluate(guidance, count=100):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluate", action="store_true", help="make nothing, grade what is there")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance for --evaluate")
     flags = parser.parse_args()

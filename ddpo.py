@@ -8,14 +8,14 @@ estimator (DDPO_SF), `--algo is` the importance-sampled one (DDPO_IS) under PPO'
     python ddpo.py --help          # every setting, with the published value
 
 What differs from the paper, and why:
-1. LoRA in the attention layers, not the whole UNet, with the authors' code's learning rate: it fits one GPU.
+1. LoRA in the attention layers, to fit one GPU, not the whole UNet; learning rate of the authors' code.
 2. log p is the mean over the latent, not the sum, as in the authors' code; see `log_prob` for the clip range.
-3. The loss is the mean over the steps t, where the estimators sum. Under Adam the factor K hardly matters.
-4. The sampler, which the paper does not name, is the authors' DDIM with eta 1: ancestral DDPM.
-5. Advantages are clipped to +-5, and a prompt has its own statistics after 16 rewards: the authors' code.
-6. (DDPO_IS) is printed as an equality; with one ratio a step it is one only at theta = theta_old.
+3. The loss is a mean over the steps t, not a sum. To Adam the factor K matters only through max_grad_norm.
+4. The sampler, which the paper does not name, is the authors' DDIM with eta 1, ancestral sampling.
+5. As in the authors' code, advantages are clipped to +-5, and a prompt's own statistics need 16 rewards.
+6. (DDPO_IS) is printed as an equality; with one ratio a step it holds only at theta = theta_old.
 7. Added against over-optimisation (appendix A): `--kl_weight`, a KL penalty, and `--max_kl`, early stopping.
-8. Left out: reward-weighted regression, and the 398 ImageNet prompts: the 45 animals stand in.
+8. Left out: reward-weighted regression, and the 398 ImageNet prompts, for which the 45 animals stand.
 """
 import dataclasses
 import json
@@ -64,19 +64,19 @@ class Config:
     epochs: int = setting(100, "code: 100 for JPEG, 200 for the rest")
     samples_per_epoch: int = setting(256, "images an epoch; paper: 256")
     updates_per_epoch: int | None = setting(None, "optimiser steps an epoch; paper: 4, with algo sf 1")
-    batch: int = setting(4, "samples of one UNet call, before guidance doubles them")
+    batch: int = setting(4, "samples or pairs of a UNet call; guidance doubles them")
     steps: int = setting(50, "denoising steps; paper: 50")
-    guidance: float = setting(5.0, "classifier-free guidance weight w, 1 is none; paper: 5")
+    guidance: float = setting(5.0, "classifier-free guidance weight w, 1: none; paper: 5")
     eta: float = setting(1.0, "DDIM's noise, in (0, 1]; code: 1")
     lr: float = setting(3e-4, "AdamW's; code: 3e-4 for LoRA, paper: 1e-5 for the whole UNet")
     weight_decay: float = setting(1e-4, "AdamW's; paper: 1e-4")
-    max_grad_norm: float = setting(1.0, "of the gradient, clipped; paper: 1")
+    max_grad_norm: float = setting(1.0, "to which the gradient norm is clipped; paper: 1")
     clip_range: float = setting(1e-4, "of the ratio, see log_prob; paper: 1e-4")
-    advantage_clip: float = setting(5.0, "at +- this; code: 5, paper: none")
+    advantage_clip: float = setting(5.0, "to +- this; code: 5, paper: none")
     buffer_size: int = setting(32, "rewards remembered for each prompt; code: 16 for JPEG, 32 for the rest")
-    min_count: int = setting(16, "of them for statistics of its own; code: 16")
-    kl_weight: float = setting(0.0, "of the KL to the pre-trained model in the loss; paper: none")
-    max_kl: float = setting(0.0, "stop once that KL is larger, 0 is never; paper: stopped by hand")
+    min_count: int = setting(16, "rewards for a prompt's own statistics; code: 16")
+    kl_weight: float = setting(0.0, "of the KL to the pre-trained model; paper: none")
+    max_kl: float = setting(0.0, "stop once that KL is larger, 0: never; paper: stopped by hand")
     rank: int = setting(4, "of LoRA; code: 4")
     seed: int = setting(0, "of everything random")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda, mps or cpu")
@@ -85,7 +85,7 @@ class Config:
     compile: bool = setting(False, "torch.compile the UNet")
     sample_every: int = setting(10, "epochs between pictures")
     out: str = setting("", "folder of the run; default: a new one in runs/")
-    resume: str = setting("", "folder of a run to go on with")
+    resume: str = setting("", "folder of a run to continue")
 
     may_be_0 = "weight_decay", "kl_weight", "max_kl", "seed"
     divisors = {"batch": "samples_per_epoch", "updates_per_epoch": "samples_per_epoch"}
@@ -102,7 +102,7 @@ class Config:
 # ---------- the MDP: one denoising step is a Gaussian (section 4.3)
 
 def predict_noise(unet, x_t, t, cond, uncond, guidance):
-    """Classifier-free guidance, Eq. 3: w eps(x_t, t, c) + (1 - w) eps(x_t, t) -> (B, 4, H, W) float32;
+    """Classifier-free guidance (DDPO Eq. 3): w eps(x_t, t, c) + (1 - w) eps(x_t, t) -> (B, 4, H, W) float32;
     x_t (B, 4, H, W), t (B,) with a timestep for each, cond (B, L, E), uncond (1, L, E)."""
     dtype = unet.conv_in.weight.dtype
     if guidance == 1:
@@ -113,14 +113,14 @@ def predict_noise(unet, x_t, t, cond, uncond, guidance):
 
 
 def step_distribution(scheduler, eps, t, x_t, eta=1.0):
-    """p_theta(x_{t-1} | x_t, c) = N(mean, sigma^2 I), Eq. 2, of DDIM (arXiv:2010.02502, Eq. 12 and 16)
+    """p_theta(x_{t-1} | x_t, c) = N(mean, sigma^2 I) of DDIM (arXiv:2010.02502, Eq. 12 and 16)
     -> mean (B, 4, H, W), sigma (B, 1, 1, 1); t (B,).
 
     sigma = eta sqrt((1 - abar_prev) / (1 - abar_t) (1 - abar_t / abar_prev))
     mean  = sqrt(abar_prev) x0_pred + sqrt(1 - abar_prev - sigma^2) eps
     """
     table = scheduler.alphas_cumprod.to(x_t.device)
-    prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps  # at the end abar_0
     abar_t, abar_prev = table[t].view(-1, 1, 1, 1), table[prev.clamp(min=0)].view(-1, 1, 1, 1)
     x0_pred = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
     sigma = eta * ((1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)).sqrt()
@@ -161,7 +161,7 @@ class Rollout:
 
 
 def generator(seed, epoch, i):
-    """Of sample i of an epoch: it depends on no batch or process, and resuming needs no random state."""
+    """For sample i of an epoch, whatever its batch or process; so resuming needs no random state."""
     return torch.Generator().manual_seed((seed * 2_654_435_761 + epoch * 1_000_003 + i) % 2**32)
 
 
@@ -188,8 +188,8 @@ def sample(pipe, prompts, config, generators):
 
 
 class PromptStatistics:
-    """Rewards standardised by mean and deviation of their own prompt, in place of a value function (D.3): of
-    its last `buffer_size` rewards, or, while it has fewer than `min_count`, of the whole epoch's."""
+    """Rewards standardised per prompt, in place of a value function (D.3), by mean and deviation of its last
+    `buffer_size` rewards or, while it has fewer than `min_count`, of the whole epoch's."""
 
     def __init__(self, buffer_size, min_count):
         self.buffer_size, self.min_count, self.rewards = buffer_size, min_count, {}
@@ -213,7 +213,7 @@ class PromptStatistics:
         self.rewards = rewards
 
 
-# ---------- losses at B pairs of a sample and a step; inputs (B,)
+# ---------- losses, at B pairs (i, k); inputs (B,)
 
 def score_function_loss(log_prob, advantage):
     """(DDPO_SF): grad J = E[ sum_t grad log p_theta(x_{t-1} | x_t, c) r(x_0, c) ], the advantage for r."""
@@ -230,7 +230,7 @@ def importance_sampling_loss(log_prob, log_prob_old, advantage, clip_range):
     clipped = -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
     ratio = ratio.detach()
     info = {"ratio_mean": ratio.mean(), "ratio_deviation": (ratio - 1).abs().max(),
-            "clipped": (clipped > unclipped).float().mean()}  # the share of pairs that teach nothing
+            "clipped": (clipped > unclipped).float().mean()}  # the share of pairs without a gradient
     return torch.maximum(unclipped, clipped).mean(), info
 
 
@@ -250,7 +250,7 @@ def train(config):
 
     while not finished(log, config):
         epoch, started, infos, norms = len(log) + 1, time.time(), [], []
-        rng = generator(config.seed, epoch, N)
+        rng = generator(config.seed, epoch, N)  # samples: 0 to N - 1
         prompts = [all_prompts[i] for i in torch.randint(len(all_prompts), (N,), generator=rng)]  # c ~ p(c)
         generators = [generator(config.seed, epoch, i) for i in range(RANK, N, WORLD)]
         rollout = sample(pipe, prompts[mine], config, generators)  # trajectories of theta_old
@@ -258,7 +258,7 @@ def train(config):
         advantage = statistics.update(prompts, reward)[mine].to(pipe.device)
         advantage.clamp_(-config.advantage_clip, config.advantage_clip)
 
-        for samples in torch.arange(N // WORLD).chunk(config.updates_per_epoch):  # an optimiser step on these
+        for samples in torch.arange(N // WORLD).chunk(config.updates_per_epoch):  # one optimiser step each
             pairs = torch.cartesian_prod(samples, torch.arange(K)).to(pipe.device)  # each at each of K steps
             for i, k in (chunk.T for chunk in pairs.split(config.batch)):  # (B,) and (B,)
                 state = rollout.latents[i, k], rollout.timesteps[k], rollout.cond[i], rollout.uncond
@@ -272,7 +272,7 @@ def train(config):
                     with torch.no_grad(), pretrained(pipe.unet):
                         mean_pre, _ = policy(pipe, *state, config)
                     loss = loss + config.kl_weight * kl_divergence(mean, mean_pre, sigma).mean()
-                scaler.scale(loss * len(i) / (len(pairs) * WORLD)).backward()  # in all, the mean over pairs
+                scaler.scale(loss * len(i) / (len(pairs) * WORLD)).backward()  # sums to the mean over pairs
                 infos.append({"update": len(norms), "pairs": len(i), **info})
             norms.append(optimizer_step(lora, optimizer, scaler, config))
 
@@ -355,7 +355,7 @@ class LoRAAttnProcessor(nn.Module):
 
 
 def add_lora(unet, rank, generator=None):
-    """Freeze the UNet, give each attention layer fresh LoRA -> its parameters, which alone train."""
+    """Freeze the UNet, give each attention layer fresh LoRA -> LoRA's parameters."""
     unet.requires_grad_(False)
     layers = {name: unet.get_submodule(name.removesuffix(".processor")) for name in unet.attn_processors}
     unet.set_attn_processor({name: LoRAAttnProcessor(attn, rank, generator) for name, attn in layers.items()})
@@ -376,7 +376,7 @@ def pretrained(unet):
 
 
 def save_lora(unet, folder):
-    """Write LoRA in diffusers' own format, whole or not at all."""
+    """Write LoRA in diffusers' own format, atomically."""
     weights = {re.sub(r"processor\.(.)\.(\w+)", r"\2.lora_\1.weight", name).replace("to_out.l", "to_out.0.l"):
                weight.detach().cpu() for name, weight in unet.named_parameters() if weight.requires_grad}
     diffusers.StableDiffusionPipeline.save_lora_weights(folder, weights, weight_name="part.safetensors")
@@ -398,12 +398,12 @@ PROMPTS = {"animals": ANIMALS,
 
 
 def load_prompts(name):
-    """The texts of --prompts: a known set, a text file with one a line, or one prompt of several words."""
+    """The texts of --prompts: a known set, a text file (one a line), or one prompt of several words."""
     file, phrase = rewards.find(name), [name] * (" " in name and not name.endswith(".txt"))
     lines = PROMPTS.get(name) or (file.read_text(encoding="utf-8-sig").splitlines() if file else phrase)
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"prompts {name!r} is not one of {', '.join(PROMPTS)}, no text file and no phrase")
+        raise ValueError(f"prompts {name!r} is not one of {', '.join(PROMPTS)}, a text file or a phrase")
     return prompts
 
 
@@ -435,16 +435,16 @@ def load_pipeline(config):
 
 
 def prepare(config):
-    """Refuse settings that cannot work, then load what they name -> pipe, prompts, reward function."""
+    """Check the settings, load what they name -> pipe, prompts, reward function. Raises ValueError."""
     for name, value in vars(config).items():
         (low, high), zero = config.bounds.get(name, (0, 2**31)), name in config.may_be_0
         if type(value) in (int, float) and not (low < value <= high or zero and value == 0):
             raise ValueError(f"{name} {value} must be {'0 or ' * zero}above {low} and at most {high}")
     for name, whole in config.divisors.items():
         a, b = getattr(config, name, 1), getattr(config, whole)
-        if b % (a * WORLD):
-            raise ValueError(f"{name} {a} x {WORLD} processes must divide {whole} {b}; try {math.gcd(a, b)}")
-    with rewards.one_line(f"reward_options {config.reward_options} are unclear", "give KEY=VALUE ..."):
+        if more := -b % (a * WORLD):
+            raise ValueError(f"{name} {a} x {WORLD} processes must divide {whole} {b}; try {b + more}")
+    with rewards.one_line(f"reward_options {config.reward_options} lack a =", "give KEY=VALUE ..."):
         options = dict(option.split("=", 1) for option in config.reward_options)
     out = Path(config.out)
     if not config.resume and out.exists() and (out.is_file() or any(out.iterdir())):
@@ -464,7 +464,7 @@ def start_run(pipe, prompts, reward_fn, config, parts):
     """Try a call like an update's, so that what does not fit fails now; make the run's folder, or bring
     `parts`, whatever has a state_dict, back to its checkpoint -> folder, log."""
     with rewards.one_line(f"model {config.model!r} cannot be trained",
-                          "give a Stable Diffusion 1.x, a lower --batch or --gradient_checkpointing"):
+                          "use Stable Diffusion 1.x, a lower --batch or --gradient_checkpointing"):
         x_t = torch.zeros(config.batch, 4, *2 * [pipe.unet.config.sample_size], device=pipe.device)
         text = pipe.encode_prompt([""], pipe.device, config.batch, False)[0]
         predict_noise(pipe.unet, x_t, x_t[:, 0, 0, 0], text, text[:1], config.guidance).sum().backward()
@@ -479,7 +479,8 @@ def start_run(pipe, prompts, reward_fn, config, parts):
     gather(torch.zeros(1))  # by now every process has checked and loaded
     if RANK == 0:
         exponent = config.clip_range * x_t[0].numel()
-        print(f"{folder}: clip_range {config.clip_range} is a true ratio of exp(+-{exponent:.3g})")
+        if config.algo in ("is", "rl"):
+            print(f"{folder}: clip_range {config.clip_range}: true ratios within exp(+-{exponent:.3g})")
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         settings = dataclasses.asdict(config) | {"out": "", "resume": ""}
         (folder / "config.part").write_text(json.dumps(settings, indent=2))
@@ -490,7 +491,7 @@ def start_run(pipe, prompts, reward_fn, config, parts):
 
 
 def finished(log, config):
-    """Whether the last epoch, or the bound on the KL, is reached."""
+    """Whether the last epoch or the bound on the KL is reached."""
     return len(log) >= config.epochs or log and 0 < config.max_kl < log[-1]["kl"]
 
 
@@ -526,7 +527,7 @@ def save_run(folder, log, unet, parts):
 
 
 def draw_samples(pipe, prompts, reward_fn, config, folder, epoch):
-    """samples/epoch_....png: 16 images of fixed prompts and seeds, not used for training."""
+    """samples/epoch_NNNN.png: 16 images of fixed prompts and seeds, not used for training."""
     prompts, tiles = [prompts[i % len(prompts)] for i in range(16)], []
     images = sample(pipe, prompts, config, [generator(config.seed, 0, i) for i in range(16)]).images
     captions = [f"epoch {epoch}: {reward:.3f}\n{textwrap.fill(prompt, 32)}"
@@ -551,7 +552,7 @@ def draw_progress(folder):
 
 
 def gather(share):
-    """(N / WORLD, ...) of this process, which has the samples RANK, RANK + WORLD, ... -> (N, ...) of all."""
+    """This process's (N / WORLD, ...), the samples RANK, RANK + WORLD, ... -> (N, ...) of all, in order."""
     if WORLD == 1:
         return share
     shares = [torch.empty_like(share) for _ in range(WORLD)]
@@ -561,13 +562,13 @@ def gather(share):
 
 def parse(argv=None):
     """Flags, over the settings of --config or of the resumed run, over the defaults -> Config. With neither a
-    CUDA GPU nor a model named, shapes/ comes first. Raises ValueError."""
+    CUDA GPU nor a model named, defaults are those of shapes/. Raises ValueError."""
     parser = HfArgumentParser(Config, prog=f"{SCRIPT}.py", allow_abbrev=False)
     parser.add_argument("--config", default="", help="JSON file of settings to start from, such as a run's")
     argv = sys.argv[1:] if argv is None else list(argv)
     flags, named = parser.parse_args(argv), {flag.partition("=")[0] for flag in argv if flag[:2] == "--"}
     if flags.resume and named - {"--resume", "--epochs", "--device"}:
-        raise ValueError(f"resume {flags.resume!r}: its settings stay, but for --epochs and --device")
+        raise ValueError(f"resume {flags.resume!r}: only --epochs and --device can be changed")
     argv = read_flags(f"{flags.resume}/config.json" if flags.resume else flags.config) + argv
     if not any(flag.startswith("--model") for flag in argv) and parser.parse_args(argv).device[:4] != "cuda":
         print(f"no CUDA GPU in use: training shapes/ with shapes/{SCRIPT}.json; --model names another")
@@ -584,7 +585,7 @@ def read_flags(file):
 
 
 def main(argv=None):
-    """Exit status 0; 2, its reason last on stderr, for what a user can mend; 130 after Ctrl-C."""
+    """Exit status 0; 2 for what a user can mend, the reason last on stderr; 130 after Ctrl-C."""
     try:
         train(parse(argv))
         return 0

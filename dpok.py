@@ -9,16 +9,16 @@ queries. `diff ddpo.py dpok.py` shows what DPOK changes.
     python dpok.py --help  # every setting, with the published value
 
 What differs from the paper or the released code, and why:
-1. (9) leaves out part of the KL's gradient, the second sum of Eq. 16: later KLs as rewards of earlier steps.
+1. (9) leaves out the second sum of Eq. 16, in which later KLs act as rewards of earlier steps.
 2. The KL is Lemma 4.2's, as a mean over the latent, like log p (see `log_prob`). The released code has the
-   squared difference of the noises: the exact weight is 0.07 to 5.4 times that along the 50 steps.
-3. Eq. 25 is printed as an equality; with one ratio a step it is one only at theta = theta_old. Eq. 26 has the
-   bounds of its clip the other way round.
-4. An update's pairs (i, k) are of its own epoch; the released code keeps those of two.
+   squared difference of the noises, which the KL weights by 0.07 to 5.4 along the 50 steps.
+3. Eq. 25, printed as an equality, holds only at theta = theta_old, with one ratio a step; so does (9), whose
+   KL is at states of theta_old. Eq. 26 has the bounds of its clip the other way round.
+4. An update is the mean over n random pairs (i, k) of its epoch, not (9)'s sum (code: of two).
 5. V is fitted after the policy, so that it has not seen the rewards it is subtracted from (code: before). It
-   lags behind, and advantages of one sign are mostly noise: r - V is centred.
+   lags, which can give all r - V one sign: r - V is centred.
 6. Algorithm 2 was not released. Here t is any step of the sampler but the last, sigma the sampler's, f the
-   guided prediction. (12) holds only with twice gamma in its second term, and (13) drops a factor of t.
+   guided prediction. (12) lacks a 2 at gamma, (13) a factor of t; they are used as printed.
 """
 import dataclasses
 import json
@@ -58,34 +58,34 @@ def setting(default, help):
 
 @dataclasses.dataclass
 class Config:
-    """Defaults are the paper's for one prompt (5.2, appendix B), where it has none the released code's."""
+    """Defaults are the paper's for one prompt (5.2, appendix B); else the released code's."""
     model: str = setting("stable-diffusion-v1-5/stable-diffusion-v1-5", "hub id or folder; paper: v1.5")
     reward: str = setting("imagereward", "imagereward, aesthetic, llava, jpeg, ..., file.py:function")
     reward_options: list[str] = dataclasses.field(default_factory=list, metadata={"help": "KEY=VALUE ..."})
     prompts: str = setting("color", "color, count, composition, location, roses, a text file, or a phrase")
-    unseen: str = setting("", "prompts to evaluate only; default: those of Fig. 10")
+    unseen: str = setting("", "prompts to evaluate only; default: Fig. 10's")
     algo: Literal["rl", "sft"] = setting("rl", "Algorithm 1 (rl) or 2 (sft)")
     epochs: int = setting(2000, "paper: 2000")
     samples_per_epoch: int = setting(10, "images an epoch, m; paper: 10")
-    updates_per_epoch: int = setting(5, "optimiser steps an epoch; paper: 5")
-    update_batch: int | None = setting(None, "pairs (i, k) of an update, n; paper: 32, for sft 128; code: 48")
-    batch: int = setting(2, "samples of one UNet call, before guidance doubles them")
+    updates_per_epoch: int = setting(5, "optimiser steps an epoch; paper: 5, for sft 8,000 in all")
+    update_batch: int | None = setting(None, "pairs (i, k) an update, n; paper: 32, sft 128; code: 48")
+    batch: int = setting(2, "samples or pairs of a UNet call; guidance doubles them")
     alpha: float = setting(10.0, "weight of the reward; paper: 10")
     beta: float = setting(0.01, "weight of the KL to the pre-trained model; paper: 0.01")
     value: bool = setting(True, "subtract V from the reward (A.5); code: yes")
-    value_lr: float = setting(1e-4, "of its AdamW; paper: 1e-4")
-    value_steps: int = setting(1, "of its AdamW, an epoch; code: 1")
+    value_lr: float = setting(1e-4, "of V's AdamW; paper: 1e-4")
+    value_steps: int = setting(1, "of V, an epoch; code: 1")
     gamma: float = setting(2.0, "sft: weight of the KL, the shift of the reward; paper: 2")
-    kl_d: bool = setting(False, "sft: KL-D (Eq. 13), not KL-O, which 5.2 has")
+    kl_d: bool = setting(False, "sft: KL-D (Eq. 13), not 5.2's KL-O")
     steps: int = setting(50, "denoising steps; code: 50")
-    guidance: float = setting(7.5, "classifier-free guidance weight w, 1 is none; code: 7.5")
+    guidance: float = setting(7.5, "classifier-free guidance weight w, 1: none; code: 7.5")
     eta: float = setting(1.0, "DDIM's noise, in (0, 1]; code: 1")
     lr: float | None = setting(None, "AdamW's; paper: 1e-5, for sft 2e-5")
     weight_decay: float = setting(0.01, "AdamW's; paper: its default, code: 0")
-    max_grad_norm: float = setting(0.1, "of the gradient, clipped; paper: 0.1")
+    max_grad_norm: float = setting(0.1, "to which the gradient norm is clipped; paper: 0.1")
     clip_range: float = setting(1e-4, "of the ratio, see log_prob; paper: 1e-4")
-    advantage_clip: float = setting(0.0, "at +- this, 0 is never; paper: none")
-    max_kl: float = setting(0.0, "stop once the KL is larger, 0 is never; paper: none")
+    advantage_clip: float = setting(0.0, "to +- this, 0: never; paper: none")
+    max_kl: float = setting(0.0, "stop once the KL is larger, 0: never; paper: none")
     evaluation_images: int = setting(50, "of each prompt and model; paper: 50")
     rank: int = setting(4, "of LoRA; code: 4")
     seed: int = setting(0, "of everything random")
@@ -95,7 +95,7 @@ class Config:
     compile: bool = setting(False, "torch.compile the UNet")
     sample_every: int = setting(10, "epochs between pictures")
     out: str = setting("", "folder of the run; default: a new one in runs/")
-    resume: str = setting("", "folder of a run to go on with")
+    resume: str = setting("", "folder of a run to continue")
 
     may_be_0 = "weight_decay", "alpha", "beta", "gamma", "advantage_clip", "max_kl", "seed"
     divisors = {"batch": "samples_per_epoch", "pairs": "update_batch"}
@@ -113,7 +113,7 @@ class Config:
 # ---------- the MDP: one denoising step is a Gaussian (Eq. 4)
 
 def predict_noise(unet, x_t, t, cond, uncond, guidance):
-    """Classifier-free guidance, Eq. 3: w eps(x_t, t, c) + (1 - w) eps(x_t, t) -> (B, 4, H, W) float32;
+    """Classifier-free guidance (DDPO Eq. 3): w eps(x_t, t, c) + (1 - w) eps(x_t, t) -> (B, 4, H, W) float32;
     x_t (B, 4, H, W), t (B,) with a timestep for each, cond (B, L, E), uncond (1, L, E)."""
     dtype = unet.conv_in.weight.dtype
     if guidance == 1:
@@ -124,14 +124,14 @@ def predict_noise(unet, x_t, t, cond, uncond, guidance):
 
 
 def step_distribution(scheduler, eps, t, x_t, eta=1.0):
-    """p_theta(x_{t-1} | x_t, c) = N(mean, sigma^2 I), Eq. 2, of DDIM (arXiv:2010.02502, Eq. 12 and 16)
+    """p_theta(x_{t-1} | x_t, c) = N(mean, sigma^2 I) of DDIM (arXiv:2010.02502, Eq. 12 and 16)
     -> mean (B, 4, H, W), sigma (B, 1, 1, 1); t (B,).
 
     sigma = eta sqrt((1 - abar_prev) / (1 - abar_t) (1 - abar_t / abar_prev))
     mean  = sqrt(abar_prev) x0_pred + sqrt(1 - abar_prev - sigma^2) eps
     """
     table = scheduler.alphas_cumprod.to(x_t.device)
-    prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps  # at the end abar_0
     abar_t, abar_prev = table[t].view(-1, 1, 1, 1), table[prev.clamp(min=0)].view(-1, 1, 1, 1)
     x0_pred = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
     sigma = eta * ((1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)).sqrt()
@@ -172,7 +172,7 @@ class Rollout:
 
 
 def generator(seed, epoch, i):
-    """Of sample i of an epoch: it depends on no batch or process, and resuming needs no random state."""
+    """For sample i of an epoch, whatever its batch or process; so resuming needs no random state."""
     return torch.Generator().manual_seed((seed * 2_654_435_761 + epoch * 1_000_003 + i) % 2**32)
 
 
@@ -199,8 +199,8 @@ def sample(pipe, prompts, config, generators):
 
 
 class ValueNetwork(nn.Module):
-    """V(x_t, z, k), the reward expected at x_t (Eq. 23): three layers of 256 units, gated by the step, as the
-    released code has it."""
+    """V(x_t, z, k), the reward expected at x_t (Eq. 23): three layers of 256 units, gated by step, as in the
+    released code."""
 
     def __init__(self, latent_shape, text_dim, steps, width=256):
         super().__init__()
@@ -219,7 +219,7 @@ class ValueNetwork(nn.Module):
         return self.last(h)[:, 0]
 
 
-# ---------- losses, at B pairs (i, k)
+# ---------- losses, at B pairs (i, k); inputs (B,)
 
 def policy_loss(log_prob, log_prob_old, advantage, clip_range):
     """Eq. 26: -E[ (r - V) clip(ratio, 1 - epsilon, 1 + epsilon) ], ratio = p_theta / p_theta_old.
@@ -231,7 +231,7 @@ def policy_loss(log_prob, log_prob_old, advantage, clip_range):
     loss = -(advantage * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
     deviation = (ratio.detach() - 1).abs()
     return loss, {"ratio_mean": ratio.detach().mean(), "ratio_deviation": deviation.max(),
-                  "clipped": (deviation > clip_range).float().mean()}  # the share of pairs that teach nothing
+                  "clipped": (deviation > clip_range).float().mean()}  # the share of pairs without a gradient
 
 
 def predict_x0(scheduler, eps, t, x_t):
@@ -259,7 +259,7 @@ def supervised_loss(x0_pred, x0, reward, sigma, gamma, x0_pre=None):
 
 def train(config):
     """Algorithm 1, to the last epoch or the bound on the KL -> the run's folder. Raises ValueError; what was
-    saved by then stays."""
+    saved stays."""
     pipe, all_prompts, reward_fn = prepare(config)
     lora = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))  # p_theta = p_pre
     optimizer = torch.optim.AdamW(lora, config.lr, weight_decay=config.weight_decay)
@@ -275,7 +275,7 @@ def train(config):
 
     while not finished(log, config):
         epoch, started, infos, norms, fit = len(log) + 1, time.time(), [], [], {}
-        rng = generator(config.seed, epoch, N)
+        rng = generator(config.seed, epoch, N)  # samples: 0 to N - 1
         prompts = [all_prompts[i] for i in torch.randint(len(all_prompts), (N,), generator=rng)]  # z ~ p(z)
         generators = [generator(config.seed, epoch, i) for i in range(RANK, N, WORLD)]
         rollout = sample(pipe, prompts[mine], config, generators)  # x_{0:T} ~ p_theta_old
@@ -290,7 +290,7 @@ def train(config):
         clip = config.advantage_clip or math.inf
         advantage = advantage.clamp(-clip, clip)
 
-        for pairs in draw_pairs(N, K, config, rng):  # an optimiser step on these n
+        for pairs in draw_pairs(N, K, config, rng):  # one optimiser step on each n
             for i, k in (chunk.T for chunk in pairs[RANK::WORLD].to(pipe.device).split(config.batch)):
                 state = latents[i, k], rollout.timesteps[k], cond[i], rollout.uncond
                 mean, sigma = policy(pipe, *state, config)
@@ -301,7 +301,7 @@ def train(config):
                     with torch.no_grad(), pretrained(pipe.unet):
                         mean_pre, _ = policy(pipe, *state, config)
                     loss = loss + config.beta * kl_divergence(mean, mean_pre, sigma).mean()  # Eq. 9
-                scaler.scale(loss * len(i) / len(pairs)).backward()  # in all, the mean over n pairs
+                scaler.scale(loss * len(i) / len(pairs)).backward()  # sums to the mean over n pairs
                 infos.append({"update": len(norms), "pairs": len(i), **info})
             norms.append(optimizer_step(lora, optimizer, scaler, config))
         for _ in range(config.value_steps if config.value else 0):  # Eq. 24
@@ -324,7 +324,7 @@ def train(config):
 
 
 def draw_pairs(samples, steps, config, rng):
-    """The n random pairs (i, k) of each update of an epoch; none twice before all had their turn."""
+    """The n random pairs (i, k) of each update; none twice before all are used."""
     pairs = torch.cartesian_prod(torch.arange(samples), torch.arange(steps))
     needed = config.updates_per_epoch * config.update_batch
     order = torch.cat([torch.randperm(len(pairs), generator=rng) for _ in range(0, needed, len(pairs))])
@@ -356,7 +356,7 @@ def train_supervised(config):
     while not finished(log, config):
         epoch, started, infos, norms = len(log) + 1, time.time(), [], []
         rng = generator(config.seed, config.epochs + epoch, 0)
-        for pairs in draw_pairs(len(images), config.steps - 1, config, rng):  # n images, each at some t > 1
+        for pairs in draw_pairs(len(images), config.steps - 1, config, rng):  # n images at any t > 1
             noises = torch.randn(len(pairs), *images.shape[1:], generator=rng)[RANK::WORLD]
             for pair, noise in zip(pairs[RANK::WORLD].split(config.batch), noises.split(config.batch)):
                 i, k = pair.T  # (B,) and (B,)
@@ -477,7 +477,7 @@ class LoRAAttnProcessor(nn.Module):
 
 
 def add_lora(unet, rank, generator=None):
-    """Freeze the UNet, give each attention layer fresh LoRA -> its parameters, which alone train."""
+    """Freeze the UNet, give each attention layer fresh LoRA -> LoRA's parameters."""
     unet.requires_grad_(False)
     layers = {name: unet.get_submodule(name.removesuffix(".processor")) for name in unet.attn_processors}
     unet.set_attn_processor({name: LoRAAttnProcessor(attn, rank, generator) for name, attn in layers.items()})
@@ -498,7 +498,7 @@ def pretrained(unet):
 
 
 def save_lora(unet, folder):
-    """Write LoRA in diffusers' own format, whole or not at all."""
+    """Write LoRA in diffusers' own format, atomically."""
     weights = {re.sub(r"processor\.(.)\.(\w+)", r"\2.lora_\1.weight", name).replace("to_out.l", "to_out.0.l"):
                weight.detach().cpu() for name, weight in unet.named_parameters() if weight.requires_grad}
     diffusers.StableDiffusionPipeline.save_lora_weights(folder, weights, weight_name="part.safetensors")
@@ -514,12 +514,12 @@ UNSEEN = {"color": ["A green colored cat"], "count": ["Four birds in the park"],
 
 
 def load_prompts(name):
-    """The texts of --prompts: a known set, a text file with one a line, or one prompt of several words."""
+    """The texts of --prompts: a known set, a text file (one a line), or one prompt of several words."""
     file, phrase = rewards.find(name), [name] * (" " in name and not name.endswith(".txt"))
     lines = PROMPTS.get(name) or (file.read_text(encoding="utf-8-sig").splitlines() if file else phrase)
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"prompts {name!r} is not one of {', '.join(PROMPTS)}, no text file and no phrase")
+        raise ValueError(f"prompts {name!r} is not one of {', '.join(PROMPTS)}, a text file or a phrase")
     return prompts
 
 
@@ -551,16 +551,16 @@ def load_pipeline(config):
 
 
 def prepare(config):
-    """Refuse settings that cannot work, then load what they name -> pipe, prompts, reward function."""
+    """Check the settings, load what they name -> pipe, prompts, reward function. Raises ValueError."""
     for name, value in vars(config).items():
         (low, high), zero = config.bounds.get(name, (0, 2**31)), name in config.may_be_0
         if type(value) in (int, float) and not (low < value <= high or zero and value == 0):
             raise ValueError(f"{name} {value} must be {'0 or ' * zero}above {low} and at most {high}")
     for name, whole in config.divisors.items():
         a, b = getattr(config, name, 1), getattr(config, whole)
-        if b % (a * WORLD):
-            raise ValueError(f"{name} {a} x {WORLD} processes must divide {whole} {b}; try {math.gcd(a, b)}")
-    with rewards.one_line(f"reward_options {config.reward_options} are unclear", "give KEY=VALUE ..."):
+        if more := -b % (a * WORLD):
+            raise ValueError(f"{name} {a} x {WORLD} processes must divide {whole} {b}; try {b + more}")
+    with rewards.one_line(f"reward_options {config.reward_options} lack a =", "give KEY=VALUE ..."):
         options = dict(option.split("=", 1) for option in config.reward_options)
     out = Path(config.out)
     if not config.resume and out.exists() and (out.is_file() or any(out.iterdir())):
@@ -580,7 +580,7 @@ def start_run(pipe, prompts, reward_fn, config, parts):
     """Try a call like an update's, so that what does not fit fails now; make the run's folder, or bring
     `parts`, whatever has a state_dict, back to its checkpoint -> folder, log."""
     with rewards.one_line(f"model {config.model!r} cannot be trained",
-                          "give a Stable Diffusion 1.x, a lower --batch or --gradient_checkpointing"):
+                          "use Stable Diffusion 1.x, a lower --batch or --gradient_checkpointing"):
         x_t = torch.zeros(config.batch, 4, *2 * [pipe.unet.config.sample_size], device=pipe.device)
         text = pipe.encode_prompt([""], pipe.device, config.batch, False)[0]
         predict_noise(pipe.unet, x_t, x_t[:, 0, 0, 0], text, text[:1], config.guidance).sum().backward()
@@ -595,7 +595,8 @@ def start_run(pipe, prompts, reward_fn, config, parts):
     gather(torch.zeros(1))  # by now every process has checked and loaded
     if RANK == 0:
         exponent = config.clip_range * x_t[0].numel()
-        print(f"{folder}: clip_range {config.clip_range} is a true ratio of exp(+-{exponent:.3g})")
+        if config.algo in ("is", "rl"):
+            print(f"{folder}: clip_range {config.clip_range}: true ratios within exp(+-{exponent:.3g})")
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         settings = dataclasses.asdict(config) | {"out": "", "resume": ""}
         (folder / "config.part").write_text(json.dumps(settings, indent=2))
@@ -606,7 +607,7 @@ def start_run(pipe, prompts, reward_fn, config, parts):
 
 
 def finished(log, config):
-    """Whether the last epoch, or the bound on the KL, is reached."""
+    """Whether the last epoch or the bound on the KL is reached."""
     return len(log) >= config.epochs or log and 0 < config.max_kl < log[-1]["kl"]
 
 
@@ -642,7 +643,7 @@ def save_run(folder, log, unet, parts):
 
 
 def draw_samples(pipe, prompts, reward_fn, config, folder, epoch):
-    """samples/epoch_....png: 16 images of fixed prompts and seeds, not used for training."""
+    """samples/epoch_NNNN.png: 16 images of fixed prompts and seeds, not used for training."""
     prompts, tiles = [prompts[i % len(prompts)] for i in range(16)], []
     images = sample(pipe, prompts, config, [generator(config.seed, 0, i) for i in range(16)]).images
     captions = [f"epoch {epoch}: {reward:.3f}\n{textwrap.fill(prompt, 32)}"
@@ -684,7 +685,7 @@ def evaluate(pipe, prompts, reward_fn, config, folder):
 
 
 def gather(share):
-    """(N / WORLD, ...) of this process, which has the samples RANK, RANK + WORLD, ... -> (N, ...) of all."""
+    """This process's (N / WORLD, ...), the samples RANK, RANK + WORLD, ... -> (N, ...) of all, in order."""
     if WORLD == 1:
         return share
     shares = [torch.empty_like(share) for _ in range(WORLD)]
@@ -694,13 +695,13 @@ def gather(share):
 
 def parse(argv=None):
     """Flags, over the settings of --config or of the resumed run, over the defaults -> Config. With neither a
-    CUDA GPU nor a model named, shapes/ comes first. Raises ValueError."""
+    CUDA GPU nor a model named, defaults are those of shapes/. Raises ValueError."""
     parser = HfArgumentParser(Config, prog=f"{SCRIPT}.py", allow_abbrev=False)
     parser.add_argument("--config", default="", help="JSON file of settings to start from, such as a run's")
     argv = sys.argv[1:] if argv is None else list(argv)
     flags, named = parser.parse_args(argv), {flag.partition("=")[0] for flag in argv if flag[:2] == "--"}
     if flags.resume and named - {"--resume", "--epochs", "--device"}:
-        raise ValueError(f"resume {flags.resume!r}: its settings stay, but for --epochs and --device")
+        raise ValueError(f"resume {flags.resume!r}: only --epochs and --device can be changed")
     argv = read_flags(f"{flags.resume}/config.json" if flags.resume else flags.config) + argv
     if not any(flag.startswith("--model") for flag in argv) and parser.parse_args(argv).device[:4] != "cuda":
         print(f"no CUDA GPU in use: training shapes/ with shapes/{SCRIPT}.json; --model names another")

@@ -4,8 +4,8 @@
     reward(images, prompts)                      # path/to/file.py:function; PIL images, texts -> float32 (N,)
 
 The policy gradient needs no gradient of the reward, so it may be anything that looks at the finished image:
-a file size, a model's opinion, your own function (its file is run as it is: read a stranger's first). Models
-are the papers' checkpoints, of the VLM a smaller one. Where a class takes a hub id it also takes a folder:
+a file size, a model's opinion, your own function (its file is executed: read a stranger's first). Models
+are the papers' checkpoints, but for a smaller VLM. Where a class takes a hub id it also takes a folder:
 `--reward_options clip=FOLDER head=FOLDER`. Weights are safetensors, or read with weights_only=True.
 """
 import functools
@@ -32,7 +32,7 @@ transformers.logging.get_logger("transformers.utils.import_utils").setLevel("ERR
 
 
 def as_jpeg(image, quality):
-    """The bytes of a PIL image of any mode as a JPEG file, in memory."""
+    """A PIL image of any mode as a JPEG file, in memory."""
     file = io.BytesIO()
     image.convert("RGB").save(file, "JPEG", quality=quality)
     return file
@@ -69,8 +69,8 @@ def load_weights(module, weights):
 
 
 def clip_pixels(images):
-    """As CLIP and ImageReward see images: RGB, the shorter side 224 (bicubic), its middle, CLIP's mean and
-    deviation -> (N, 3, 224, 224). By Pillow, as in the originals; transformers' resizes differ."""
+    """As CLIP and ImageReward see images: RGB, the shorter side 224 (bicubic), centre crop, CLIP's mean
+    and deviation -> (N, 3, 224, 224). By Pillow, as in the originals; transformers' resizes differ."""
     pixels = []
     for image in images:
         image = image.convert("RGB")
@@ -83,14 +83,14 @@ def clip_pixels(images):
 
 
 def five_layers():
-    """The head of the aesthetic score and of ImageReward: linear layers; Identity for training's dropout."""
+    """The head of the aesthetic score and of ImageReward: linear layers, Identity where dropout was."""
     return nn.Sequential(nn.Linear(768, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity(),
                          nn.Linear(128, 64), nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1))
 
 
 class Aesthetic:
     """LAION's aesthetic score, about 1 to 10 (DDPO section 5.1): a linear head, trained on people's ratings,
-    on CLIP ViT-L/14's unit embedding; no prompt. Gamed by a style of its liking, whatever the subject."""
+    on CLIP ViT-L/14's unit embedding; blind to the prompt. Gamed by a style it likes."""
 
     def __init__(self, device="cpu", clip="openai/clip-vit-large-patch14",
                  head="trl-lib/ddpo-aesthetic-predictor", batch=32):
@@ -112,7 +112,7 @@ class ImageReward:
              (r"vision\.norm", "vision.post_layernorm"), ("cls_token", "embeddings.class_embedding"),
              ("pos_embed", "embeddings.position_embedding"), (r"\.norm", ".layer_norm"),
              ("patch_embed.proj", "embeddings.patch_embedding"), (r"vision\.blocks", "vision.encoder.layers"),
-             (r"attn\.qkv", "self_attn.qkv"), (r"attn\.proj", "self_attn.projection"))  # to transformers'
+             (r"attn\.qkv", "self_attn.qkv"), (r"attn\.proj", "self_attn.projection"))  # old, new
     unused = r"blip\.(vision|text)_proj\..*|.*position_ids"  # of BLIP's own training
 
     def __init__(self, device="cpu", source="zai-org/ImageReward", tokenizer="google-bert/bert-base-uncased",
@@ -148,7 +148,7 @@ class ImageReward:
 
 class Alignment:
     """llava: prompt alignment (DDPO section 5.1). A vision-language model says what it sees, BERTScore's
-    recall how much of the prompt that has. Gamed by text in the image that it reads out (appendix A)."""
+    recall how much of the prompt it says. Gamed by text in the image that it reads out (appendix A)."""
 
     question = "Answer concisely: what is going on in this image?"  # the released code's
     reference = "The image contains {}"
@@ -163,7 +163,7 @@ class Alignment:
         self.vlm = load_model(transformers.AutoModelForImageTextToText, vlm, dtype="auto").to(device)
         self.processor = transformers.AutoProcessor.from_pretrained(vlm)
         self.processor.tokenizer.padding_side = "left"  # all answers begin at the same place
-        for tokenizer in (self.tokenizer, self.processor.tokenizer):  # which transformers does not mind
+        for tokenizer in (self.tokenizer, self.processor.tokenizer):  # which transformers accepts
             if set(tokenizer("the").input_ids) <= set(tokenizer.all_special_ids):
                 raise ValueError("a tokenizer has no vocabulary")
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.question}]}]
@@ -188,7 +188,7 @@ class Alignment:
 
     def recall(self, answers, references):
         """BERTScore recall (arXiv:1904.09675, R_BERT) -> (B,): each word of the reference finds its most
-        similar token in the answer; their mean. No idf, no rescaling; an answer without words scores 0."""
+        similar token in the answer; mean similarity. No idf or rescaling; one without words scores 0."""
         a, tokens, words = self.embed(answers)
         b, _, wanted = self.embed(references)
         best = (b @ a.transpose(1, 2)).masked_fill(~tokens[:, None], -1).amax(2)

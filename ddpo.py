@@ -15,7 +15,7 @@ What differs from the paper, and why:
 5. As in the authors' code, advantages are clipped to +-5, and a prompt's own statistics need 16 rewards.
 6. (DDPO_IS) is printed as an equality; with one ratio a step it holds only at theta = theta_old.
 7. Added against over-optimisation (appendix A): `--kl_weight`, a KL penalty, and `--max_kl`, early stopping.
-8. Left out: reward-weighted regression, and the 398 ImageNet prompts, for which the 45 animals stand.
+8. Left out: reward-weighted regression. The 398 ImageNet prompts are experiments/imagenet_animals.txt.
 """
 import dataclasses
 import json
@@ -80,7 +80,7 @@ class Config:
     rank: int = setting(4, "of LoRA; code: 4")
     seed: int = setting(0, "of everything random")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda, mps or cpu")
-    precision: Literal["auto", "fp16", "fp32"] = setting("auto", "of frozen weights; auto: fp16 on CUDA")
+    precision: Literal["auto", "fp16", "fp32"] = setting("auto", "auto: fp16 on CUDA; bf16 drowns the ratio")
     gradient_checkpointing: bool = setting(False, "saves memory, costs time")
     compile: bool = setting(False, "torch.compile the UNet")
     sample_every: int = setting(10, "epochs between pictures")

@@ -90,7 +90,7 @@ class Config:
     rank: int = setting(4, "of LoRA; code: 4")
     seed: int = setting(0, "of everything random")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda, mps or cpu")
-    precision: Literal["auto", "fp16", "fp32"] = setting("auto", "of frozen weights; auto: fp16 on CUDA")
+    precision: Literal["auto", "fp16", "fp32"] = setting("auto", "auto: fp16 on CUDA; bf16 drowns the ratio")
     gradient_checkpointing: bool = setting(False, "saves memory, costs time")
     compile: bool = setting(False, "torch.compile the UNet")
     sample_every: int = setting(10, "epochs between pictures")

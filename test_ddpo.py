@@ -408,7 +408,7 @@ def test_advantages_of_a_worked_example():
         update(one, ["cat"], 7.0)
         assert update(one, ["cat"], 7.0) == pytest.approx([1.5 / 1.6583], abs=1e-4)
     # Equal rewards teach nothing.
-    assert update(ddpo.PromptStatistics(32, 16), ["cat"] * 20, *[0.1] * 20) == [0.0] * 20
+    assert update(ddpo.PromptStatistics(32, 16), ["cat"] * 16 + ["dog"] * 4, *[0.1] * 20) == [0.0] * 20
 
 
 @pytest.mark.parametrize("algo, updates", [("is", 2), ("sf", 1)])

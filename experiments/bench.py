@@ -6,6 +6,7 @@ samples a call, and against TRL's trainer.
     python experiments/bench.py --size medium   # 22 million parameters, latents of 32 x 32
     python experiments/bench.py --size sd       # of Stable Diffusion's size: for a GPU, or 20 GB and patience
     python experiments/bench.py --peer PYTHON   # TRL's too; of an environment with requirements-peer.txt
+    python experiments/bench.py --memory        # what Stable Diffusion takes, counted: which card fits what
 
 medium and sd have random weights. On a CPU a cost is CPU seconds of one thread, which other work on the
 machine disturbs least, on a GPU seconds. Each is a median over epochs, and what is compared takes turns. The
@@ -19,7 +20,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 import shutil
 import statistics
 import subprocess
@@ -36,6 +36,7 @@ import transformers
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import ddpo  # noqa: E402
+import memory  # noqa: E402
 import single_pass  # noqa: E402
 
 RESULTS, SHAPES, MODELS = HERE / "results", HERE.parent / "shapes", HERE.parent / "runs" / "bench"
@@ -44,8 +45,10 @@ UNETS = {  # what is not named is the class's default, Stable Diffusion's
                    down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",), layers_per_block=1,
                    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2),
     "sd": dict(sample_size=64, cross_attention_dim=768)}
-VAES = {"medium": dict(block_out_channels=(32, 64), norm_num_groups=8),
-        "sd": dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)}
+VAES = {size: dict(latent_channels=4, block_out_channels=widths, layers_per_block=layers,
+                   norm_num_groups=groups, down_block_types=("DownEncoderBlock2D",) * len(widths),
+                   up_block_types=("UpDecoderBlock2D",) * len(widths))
+        for size, widths, layers, groups in (("medium", (32, 64), 1, 8), ("sd", (128, 256, 512, 512), 2, 32))}
 SETTINGS = {
     "shapes": dict(prompts="shapes/prompts.txt", samples_per_epoch=64, steps=10, batch=64, guidance=2.0),
     "medium": dict(samples_per_epoch=4, steps=5, batch=2, updates_per_epoch=2),
@@ -59,9 +62,7 @@ def make_model(size):
     folder = SHAPES if size == "shapes" else MODELS / size
     if not (folder / "model_index.json").exists():
         torch.manual_seed(0)
-        unet, levels = diffusers.UNet2DConditionModel(**UNETS[size]), len(VAES[size]["block_out_channels"])
-        vae = diffusers.AutoencoderKL(latent_channels=4, down_block_types=("DownEncoderBlock2D",) * levels,
-                                      up_block_types=("UpDecoderBlock2D",) * levels, **VAES[size])
+        unet, vae = diffusers.UNet2DConditionModel(**UNETS[size]), diffusers.AutoencoderKL(**VAES[size])
         text = transformers.CLIPTextConfig.from_pretrained(SHAPES / "text_encoder")
         text.hidden_size, text.max_position_embeddings = UNETS[size]["cross_attention_dim"], 77
         tokenizer = transformers.CLIPTokenizer.from_pretrained(SHAPES / "tokenizer", model_max_length=77)
@@ -192,15 +193,6 @@ def train_trl(config, epochs):
 
 # ---------- measuring in a process of its own
 
-def peak_memory(device):
-    """GB that this process took at most, on the GPU or in all; not a number where the system does not say."""
-    status = Path("/proc/self/status")  # Linux; getrusage's number would be at least that of the parent
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    kib = re.search(r"VmHWM:\s+(\d+)", status.read_text())[1] if status.exists() else math.nan
-    return float(kib) * 1024 / 1e9
-
-
 def in_child(python, what, config, epochs):
     """`child` in a process of its own, so that its peak of memory is its own -> what it printed."""
     command = [python, __file__, "--child", json.dumps([what, dataclasses.asdict(config), epochs])]
@@ -218,7 +210,7 @@ def child(what, settings, epochs):
     else:
         found = measure((single_pass if what == "single_pass.py" else ddpo).train, config, epochs, warm)
     versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
-    print(json.dumps({"epochs": found, "memory_gb": peak_memory(config.device), "versions": versions}))
+    print(json.dumps({"epochs": found, "memory_gb": memory.peak(config.device), "versions": versions}))
 
 
 # ---------- what is compared: rows (what, its cost, the ratio to something, of what)
@@ -269,8 +261,8 @@ def bench_peer(config, options):
     costs = [(trl, ours - median(run["epochs"], "kl")) for (trl, ours), (_, run) in zip(costs, turns)]
     rows += compare("", "the same without the KL that is logged", costs, "TRL's epoch")[1:]
     peer, own = zip(*turns)
-    memory = {"ours beside TRL": median(own, "memory_gb"), "TRL": median(peer, "memory_gb")}
-    return rows, memory, {"ours": own[0]["versions"], "TRL": peer[0]["versions"]}
+    peaks = {"ours beside TRL": median(own, "memory_gb"), "TRL": median(peer, "memory_gb")}
+    return rows, peaks, {"ours": own[0]["versions"], "TRL": peer[0]["versions"]}
 
 
 def main():
@@ -282,10 +274,13 @@ def main():
     parser.add_argument("--growth", action="store_true", help="also more samples, more steps, half a batch")
     parser.add_argument("--epochs", type=int, default=5, help="over which a median is taken")
     parser.add_argument("--peer", metavar="PYTHON", help="of the environment that has TRL")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         return child(*json.loads(options.child))
+    if options.memory:
+        return memory.report(UNETS["sd"], VAES["sd"], RESULTS / "memory.json")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.peer and (options.device, options.precision, options.compile) != ("cpu", "fp32", False):
         parser.error("peer is measured with --device cpu --precision fp32 and without --compile")
@@ -295,22 +290,22 @@ def main():
     config = ddpo.Config(model=str(make_model(options.size)), device=options.device,
                          precision=options.precision, compile=options.compile, **settings)
     sf = dataclasses.replace(config, algo="sf", updates_per_epoch=1)
-    memory = {"DDPO_IS": in_child(sys.executable, "ddpo.py", config, 1)["memory_gb"],
-              "single_pass.py": in_child(sys.executable, "single_pass.py", sf, 1)["memory_gb"]}
+    peaks = {"DDPO_IS": in_child(sys.executable, "ddpo.py", config, 1)["memory_gb"],
+             "single_pass.py": in_child(sys.executable, "single_pass.py", sf, 1)["memory_gb"]}
     rows, versions = bench(config, options), {}
     if options.peer:
-        peer_rows, peer_memory, versions = bench_peer(config, options)
-        rows, memory = rows + peer_rows, memory | peer_memory
+        peer_rows, peer_peaks, versions = bench_peer(config, options)
+        rows, peaks = rows + peer_rows, peaks | peer_peaks
 
     unit = "s" if gpu else "CPU s"
     print(f"| {options.size}, {options.precision} | {unit} | ratio | to |\n|---|---|---|---|")
     for what, cost, ratio, to in rows:
         print(f"| {what} | {cost:.3g} | {ratio:.2f} | {to} |")
-    print("peak memory, GB: " + ", ".join(f"{who} {gb:.2f}" for who, gb in memory.items()))
+    print("peak memory, GB: " + ", ".join(f"{who} {gb:.2f}" for who, gb in peaks.items()))
     machine = torch.cuda.get_device_name() if gpu else "one thread of a CPU"
     result = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
               "command": " ".join(sys.argv[1:]).replace(options.peer or "PYTHON", "PYTHON"), "unit": unit,
-              "settings": settings, "rows": rows, "peak_memory_gb": memory, "versions": versions}
+              "settings": settings, "rows": rows, "peak_memory_gb": peaks, "versions": versions}
     marks = "".join(f"-{name}" for name in ("compile", "growth", "peer") if getattr(options, name))
     file = RESULTS / f"bench-{options.size}-{options.device}-{options.precision}{marks}.json"
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from diffusers.utils import logging
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -31,6 +32,7 @@ import bench  # noqa: E402
 import ddpo  # noqa: E402
 import dpok  # noqa: E402
 
+logging.set_verbosity_error()  # not that a UNet is cast as a whole
 FILE = HERE / "results" / "precision.json"
 STEPS = (0, 25, 45, 46, 47, 48, 49)  # of 50: the beginning, the middle, the last five
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}

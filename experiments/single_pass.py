@@ -52,8 +52,8 @@ def lora_of_each(unet, count):
 
 @torch.no_grad()
 def sample_and_trace(pipe, prompts, config, generators, scaler):
-    """`ddpo.sample`, and the trace e_i of each sample, times the scale of fp16's loss -> Rollout, and of each
-    LoRA parameter the traces (N, *shape) on the CPU."""
+    """`ddpo.sample`, and the trace e_i / (N K) of each sample, times the scale of fp16's loss -> Rollout, and
+    of each LoRA parameter the traces (N, *shape) on the CPU."""
     pipe.scheduler.set_timesteps(config.steps, device=pipe.device)
     N, K, size, timesteps = len(prompts), config.steps, pipe.unet.config.sample_size, pipe.scheduler.timesteps
     cond, uncond = (pipe.encode_prompt(texts, pipe.device, 1, False)[0] for texts in (prompts, [""]))
@@ -73,7 +73,7 @@ def sample_and_trace(pipe, prompts, config, generators, scaler):
                 mean, sigma = ddpo.policy(pipe, latents[i, k], t.expand(B), cond[i], uncond, config)
                 latents[i, k + 1] = (mean + sigma * noise[:, k + 1]).detach()  # the action x_{t-1} is data
                 log_prob = ddpo.log_prob(latents[i, k + 1], mean, sigma)
-                scaler.scale(log_prob.sum()).backward()
+                scaler.scale(log_prob.sum() / (N * K)).backward()  # as small as in the mean over pairs
             log_probs[i, k] = log_prob.detach()
             for trace, weight in zip(sums, weights):  # e_i += grad log p_theta(x_{t-1} | x_t, c_i)
                 trace += weight.grad.unflatten(0, (-1, B)).sum(0)  # the two halves of guidance together
@@ -108,7 +108,7 @@ def train(config):
         advantage = statistics.update(prompts, reward)[mine]
         advantage.clamp_(-config.advantage_clip, config.advantage_clip)
         for parameter, trace in zip(lora, traces):  # of minus the mean over samples and steps of A log p
-            parameter.grad = -torch.tensordot(advantage, trace, 1).to(pipe.device) / (N * K)
+            parameter.grad = -torch.tensordot(advantage, trace, 1).to(pipe.device) / WORLD
         norm = ddpo.optimizer_step(lora, optimizer, scaler, config)
 
         log.append({"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(),

@@ -109,6 +109,13 @@ def test_the_memory_that_is_counted_is_what_a_run_takes():
     assert taken == pytest.approx(counted, rel=0.1) and counted > 0.5
 
 
+def test_the_pages_have_the_tables_that_the_experiments_printed():
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    rows = json.loads((HERE / "results" / "memory.json").read_text())["rows"]
+    lines = [*memory.lines(rows), *precision.lines(json.loads(precision.FILE.read_text()))]
+    assert len(lines) > 60 and [line for line in lines if line not in page] == []
+
+
 def test_the_imitated_roundings_are_those_of_real_half_precision():
     """Where both were measured: the same delta of the guided noise, to a quarter, at every timestep."""
     found = json.loads(precision.FILE.read_text())

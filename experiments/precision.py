@@ -1,7 +1,7 @@
 """Whether roundings alone carry the ratio out of its clip: one update in fp32, fp16 and bf16, side by side.
 
     python experiments/precision.py            # shapes/ at latents of 32 x 32, and 10 million parameters
-    python experiments/precision.py --size sd  # the size of Stable Diffusion; on a CPU roundings are imitated
+    python experiments/precision.py --size sd  # the size of Stable Diffusion, imitated: half an hour, 12 GB
 
 An update moves the guided noise by delta, in half precision also because the changed weights round anew. With
 it the mean of the step moves, by g sigma in the root mean square of the latent's D numbers. An action of the

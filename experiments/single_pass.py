@@ -77,6 +77,7 @@ def sample_and_trace(pipe, prompts, config, generators, scaler):
             log_probs[i, k] = log_prob.detach()
             for trace, weight in zip(sums, weights):  # e_i += grad log p_theta(x_{t-1} | x_t, c_i)
                 trace += weight.grad.unflatten(0, (-1, B)).sum(0)  # the two halves of guidance together
+            del mean, log_prob, weights, weight  # they hold what this step saved
         for trace, total in zip(traces, sums):
             trace[i] = total.cpu()
         x_0 = latents[i, K].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor

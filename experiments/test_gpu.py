@@ -1,6 +1,6 @@
 """Right on a GPU, as far as it can be shown without one: devices, types, memory and roundings.
 
-    python -m pytest -q experiments/test_gpu.py   # within a minute
+    python -m pytest -q experiments/test_gpu.py   # a minute
 """
 import contextlib
 import json
@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 
 @pytest.mark.parametrize("script", [ddpo, dpok])
 def test_on_a_gpu_devices_and_types_agree_and_no_step_reads_a_value_back(script):
-    """Stable Diffusion's parts in fp16 on a fake CUDA device, where mixed devices or types raise, and whatever
+    """Stable Diffusion's parts in fp16 on a fake CUDA device, where mixed devices or types raise, and what
     reads a value. All but the frozen weights is float32."""
     config = script.Config(model="sd", device="cuda", steps=3, batch=2, precision="fp16")
     with FakeTensorMode():
@@ -103,8 +103,9 @@ def measure_memory():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say a process's peak")
 def test_the_memory_that_is_counted_is_what_a_run_takes():
     """Every block by mmap, so that the allocator keeps none that is free."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
     done = subprocess.run([sys.executable, "-c", "import test_gpu; test_gpu.measure_memory()"], cwd=HERE,
-                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}, capture_output=True, text=True)
+                          env=environment, capture_output=True, text=True)
     counted, taken = json.loads(done.stdout.splitlines()[-1])
     assert taken == pytest.approx(counted, rel=0.1) and counted > 0.5
 

@@ -80,7 +80,6 @@ def make_pipeline(unet, vae, text, dtype, device="cpu"):
 
 def update(script, pipe, rollout, lora, config):
     """One chunk of an update, as in the loop of `train`, and the optimiser's step."""
-    scaler = torch.amp.GradScaler("cpu", enabled=False)  # whose numbers are none of the memory
     i, k = torch.zeros(config.batch, dtype=torch.long), torch.zeros(config.batch, dtype=torch.long)
     state = rollout.latents[i, k], rollout.timesteps[k], rollout.cond[i], rollout.uncond
     mean, sigma = script.policy(pipe, *state, config)
@@ -92,13 +91,13 @@ def update(script, pipe, rollout, lora, config):
         with torch.no_grad(), dpok.pretrained(pipe.unet):
             mean_pre, _ = dpok.policy(pipe, *state, config)
         loss = loss + dpok.kl_divergence(mean, mean_pre, sigma).mean()
-    scaler.scale(loss).backward()
+    loss.backward()
     torch.optim.AdamW(lora, foreach=False).step()
 
 
 def count(unet, vae, text, script, config, mode=FakeTensorMode):
-    """GB of a run with a config, whose rollouts stay on the device -> {"sampling", "update"}. In the mode of
-    `nullcontext` the same is done, not counted only."""
+    """GB of a run with a config, whose rollouts stay on the device -> {"sampling", "update"}. With the mode
+    `nullcontext` it is not only counted, but done."""
     with mode(), Live() as live:
         pipe = make_pipeline(unet, vae, text, torch.float16 if config.precision == "fp16" else torch.float32)
         lora = ddpo.add_lora(pipe.unet, config.rank)

@@ -112,7 +112,7 @@ def outside(g, D):
     return 1 - log_ratio.cdf(torch.tensor(1.64 / D)) + log_ratio.cdf(torch.tensor(-1.64 / D))
 
 
-def table(size, imitations=True):
+def table(size):
     """-> rows: script, timestep, then of each precision delta, the mean true log-ratio and the share."""
     how, count = SIZES[size]
     scheduler = diffusers.DDIMScheduler.from_pretrained(bench.SHAPES, subfolder="scheduler")
@@ -121,7 +121,7 @@ def table(size, imitations=True):
     at, rows = states(unet.config, scheduler, size, count), []
     D = at[0][0].numel()
     kinds = [("fp32", False), *((name, how == "imitated") for name in HALF)]
-    kinds += [(name, True) for name in HALF] if how == "real" and imitations else []
+    kinds += [(name, True) for name in HALF] if how == "real" else []
     for script in (ddpo, dpok):
         config = script.Config(model="shapes", device="cpu")
         updated, columns = one_update(unet, scheduler, at, config), []

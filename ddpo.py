@@ -15,7 +15,7 @@ What differs from the paper, and why:
 5. As in the authors' code, advantages are clipped to +-5, and a prompt's own statistics need 16 rewards.
 6. (DDPO_IS) is printed as an equality; with one ratio a step it holds only at theta = theta_old.
 7. Added against over-optimisation (appendix A): `--kl_weight`, a KL penalty, and `--max_kl`, early stopping.
-8. Left out: reward-weighted regression. The 398 ImageNet prompts are experiments/imagenet_animals.txt.
+8. Reward-weighted regression is experiments/rwr.py, the 398 prompts experiments/imagenet_animals.txt.
 """
 import dataclasses
 import json

@@ -51,7 +51,7 @@ VAES = {size: dict(latent_channels=4, block_out_channels=widths, layers_per_bloc
         for size, widths, layers, groups in (("medium", (32, 64), 1, 8), ("sd", (128, 256, 512, 512), 2, 32))}
 SETTINGS = {
     "shapes": dict(prompts="shapes/prompts.txt", samples_per_epoch=64, steps=10, batch=64, guidance=2.0),
-    "medium": dict(samples_per_epoch=4, steps=5, batch=2, updates_per_epoch=2),
+    "medium": dict(samples_per_epoch=6, steps=6, batch=3, updates_per_epoch=2),
     "sd": dict(samples_per_epoch=2, steps=2, batch=1, updates_per_epoch=2, guidance=1.0)}  # a row a sample
 ON_GPU = dict(samples_per_epoch=16, steps=10, batch=8, guidance=5.0)  # of the size sd
 
@@ -253,7 +253,8 @@ def bench(config, options):
 
 
 def bench_peer(config, options):
-    """Two epochs each, TRL's and ours taking turns, in processes of their own -> rows, memory, versions."""
+    """Two epochs each, TRL's and ours taking turns, in processes of their own -> rows, memory, also with as
+    many rows in a call of an update as TRL's, versions."""
     turns = [(in_child(options.peer, "TRL", config, 2), in_child(sys.executable, "ddpo.py", config, 2))
              for _ in range(options.epochs)]
     costs = [[median(run["epochs"], "epoch") for run in turn] for turn in turns]
@@ -261,7 +262,10 @@ def bench_peer(config, options):
     costs = [(trl, ours - median(run["epochs"], "kl")) for (trl, ours), (_, run) in zip(costs, turns)]
     rows += compare("", "the same without the KL that is logged", costs, "TRL's epoch")[1:]
     peer, own = zip(*turns)
-    peaks = {"ours beside TRL": median(own, "memory_gb"), "TRL": median(peer, "memory_gb")}
+    rows_of_trl = min(config.batch, config.samples_per_epoch // config.updates_per_epoch)
+    same = in_child(sys.executable, "ddpo.py", dataclasses.replace(config, batch=rows_of_trl), 2)
+    peaks = {"ours beside TRL": median(own, "memory_gb"), "TRL": median(peer, "memory_gb"),
+             "ours with TRL's rows": same["memory_gb"]}
     return rows, peaks, {"ours": own[0]["versions"], "TRL": peer[0]["versions"]}
 
 

@@ -1,16 +1,21 @@
-"""The claims of both papers that a laptop can show, tried on shapes/ with five seeds or eight.
+"""The claims of both papers that a laptop can show, tried on shapes/ with eight seeds each and more.
 
-    python experiments/claims.py               # everything, two runs at a time on two cores
-    python experiments/claims.py --only count  # the runs with this in their name; tables as far as they go
-    python experiments/claims.py --quick       # three short runs, within ten minutes: trends, no verdicts
+    python experiments/claims.py                # the runs that results/claims.json lacks, two at a time
+    python experiments/claims.py --only location --count 16                # more seeds of those named so
+    python experiments/claims.py --only "RL count" --seeds 200 201         # other seeds beside the recorded
+    python experiments/claims.py --quick        # three short runs, ten minutes: trends, no verdicts
+    python experiments/figures.py               # the figures, once nothing is missing
 
-What is finished is not repeated, so it may be stopped and started again; after a change of shapes/ or of the
-scripts delete runs/. A run is a script with the arguments of RUNS, in runs/claims/<name>-<seed>/. Its model
-is measured on images of seeds that no run has seen, the same for every model. `alignment` and `size` (of the
-JPEG, kB) are what runs are rewarded with; `strict`, with which none is, is the share of images that are just
-what their caption says; `diversity` is how far the images of one caption differ: the standard deviation of a
-pixel's value (0 to 1) between them. Once all is finished claims.json and the figures go to
-experiments/results/.
+A run is a script with the arguments of RUNS, in runs/claims/<name>-<seed>/. results/claims.json has a line
+for each that is finished, and is also the cache: what stands there with the same settings is not repeated,
+so this may be stopped and begun again (after a change of shapes/ or of the scripts delete its lines). The
+tables go to experiments/README.md.
+
+A model is measured on images of seeds that no training saw, new ones for every run and epoch, so that their
+error is part of the spread over seeds: at the last epoch and two and four before, of which the mean counts,
+and at those of STAGES. `alignment` and `size` (of the JPEG, kB) are what runs are rewarded with. `strict`,
+with which none is, is the share of images that are just what their caption says; `diversity` is how far the
+images of one caption differ: the standard deviation of a pixel (0 to 1) between them, root mean square.
 """
 import argparse
 import contextlib
@@ -21,29 +26,29 @@ import os
 import shlex
 import shutil
 import sys
-import textwrap
+import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
-import matplotlib
 import numpy as np
 import torch
-from diffusers.utils import logging, make_image_grid
-from PIL import Image, ImageDraw, ImageOps
+from diffusers.utils import logging
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "shapes"), str(HERE)]
 import ddpo  # noqa: E402
 import dpok  # noqa: E402
 import rewards  # noqa: E402
+import rwr  # noqa: E402
 import shapes_reward  # noqa: E402
 import single_pass  # noqa: E402
 
 logging.set_verbosity_error()  # not that the text encoder has no LoRA
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
-FOLDER, RESULTS = HERE.parent / "runs" / "claims", HERE / "results"
+FOLDER, PAGE = HERE.parent / "runs" / "claims", HERE / "README.md"
+RECORDED = HERE / "results" / "claims.json"
 KINDS = {"colour": "a green square", "count": "two red squares",
          "composition": "a red circle and a blue square", "location": "a blue circle on the left",
          "bias": "four red circles"}
@@ -51,32 +56,31 @@ UNSEEN = {"colour": "a green circle", "count": "two blue squares",
           "composition": "a red circle and a blue triangle", "location": "a blue square on the left"}
 ALL = dpok.load_prompts("shapes/prompts.txt")
 OTHER = [prompt for prompt in ALL if prompt not in (*KINDS.values(), *UNSEEN.values())]
+FIRST, PRETRAINED = 100, 1024  # no setting was chosen on seeds 100, 101, ...; images of each set
 
 # run: (script, its prompts, which are one of KINDS or all of shapes/prompts.txt, its other arguments)
 ALIGNMENT, SFT = "--reward shapes/shapes_reward.py:alignment", "--algo sft --lr 3e-3"
-METHODS = {"KL-O": (dpok, SFT), "KL-D": (dpok, f"{SFT} --kl_d"), "DDPO": (ddpo, f"{ALIGNMENT} --epochs 30"),
-           "RL": (dpok, "")}
-BETAS = "0", "0.1", "0.5"
-RUNS = {f"{method} {kind}": (script, kind, flags) for method, (script, flags) in METHODS.items()
-        for kind in (KINDS if method == "RL" else UNSEEN)}
-for name, kind, reward in ("count", "count", ALIGNMENT), ("jpeg", "all", "--reward jpeg"):
-    sf = f"{reward} --epochs 24 --buffer_size 64"  # as many reward queries and updates
-    ppo = f"{reward} --epochs 6 --buffer_size 256 --samples_per_epoch 256"
-    RUNS |= {f"SF64 {name}": (single_pass, kind, sf),
-             f"lr 1e-3 SF64 {name}": (single_pass, kind, f"{sf} --lr 1e-3"),
-             f"IS256 {name}": (ddpo, kind, ppo),
-             f"unclipped IS256 {name}": (ddpo, kind, f"{ppo} --clip_range 1000")}
-RUNS |= {f"no value {kind}": (dpok, kind, "--no-value") for kind in ("count", "location")}
-RUNS |= {f"jpeg beta {beta}": (dpok, "count", f"--reward jpeg --beta {beta}") for beta in BETAS}
-RUNS |= {"DDPO jpeg": (ddpo, "all", "--reward jpeg"),
-         "DDPO incompressibility": (ddpo, "all", "--reward incompressibility --epochs 30"),
-         "DDPO jpeg kl_weight": (ddpo, "all", "--reward jpeg --kl_weight 0.3")}
+EPOCHS = {kind: f"--epochs {30 if kind == 'location' else 20}" for kind in KINDS}  # of 64 images
+REWARDS = {"jpeg": ("all", "--reward jpeg", 32), "count": ("count", ALIGNMENT, 20),
+           "incompressibility": ("all", "--reward incompressibility", 32)}  # of DDPO's Fig. 4
+WEIGHTED, BETAS = {"RWR": "", "RWR_sparse": " --algo sparse"}, ("0", "0.5")
+RUNS = {f"DDPO {name}": (ddpo, kind, f"{reward} --epochs {epochs}")
+        for name, (kind, reward, epochs) in REWARDS.items()}
+RUNS |= {f"{method} {name}": (rwr, kind, f"{reward} --epochs {epochs // 4}{algo}")  # of 256 images
+         for name, (kind, reward, epochs) in REWARDS.items() for method, algo in WEIGHTED.items()}
+RUNS |= {f"SF {name}": (single_pass, kind, f"{reward} --epochs {epochs}")
+         for name, (kind, reward, epochs) in REWARDS.items()}
+RUNS |= {"DDPO jpeg kl_weight": (ddpo, "all", "--reward jpeg --kl_weight 0.3"),
+         "DDPO jpeg max_kl": (ddpo, "all", "--reward jpeg --max_kl 0.04")}
+RUNS |= {f"RL {kind}": (dpok, kind, EPOCHS[kind]) for kind in KINDS}
+RUNS |= {f"DDPO {kind}": (ddpo, kind, f"{ALIGNMENT} {EPOCHS[kind]}") for kind in UNSEEN}
+RUNS |= {f"KL-O {kind}": (dpok, kind, f"{EPOCHS[kind]} {SFT}") for kind in UNSEEN}
+RUNS |= {"KL-D count": (dpok, "count", f"{EPOCHS['count']} {SFT} --kl_d"),
+         "no value location": (dpok, "location", f"{EPOCHS['location']} --no-value")}
+RUNS |= {f"jpeg beta {beta}": (dpok, "count", f"--reward jpeg --epochs 20 --beta {beta}") for beta in BETAS}
+STAGES = {"DDPO jpeg": (12, 22), "DDPO incompressibility": (12, 22)}  # epochs at which a run is measured too
 QUICK = {"RL count": 12, "KL-O count": 12, "DDPO jpeg": 15}  # run: epochs
-SEEDS = {name: 8 if name.startswith(("SF64", "IS256")) else 5 for name in RUNS}
-STUDENT = {5: 2.78, 8: 2.36}  # standard errors from 0 to the end of a 95 % interval
-# epochs after which a run is measured besides its last; 22 of SF64 take the time of 4 of IS256
-STAGES = {"DDPO jpeg": (12, 24, 36), "DDPO count": (24,), "SF64 count": (22,), "SF64 jpeg": (22,),
-          "IS256 count": (4,), "IS256 jpeg": (4,)}
+STUDENT = {8: 2.36, 12: 2.2, 16: 2.13}  # standard errors from a mean to the end of its 95 % interval
 
 
 # ---------- the runs, and what they are measured by
@@ -86,185 +90,207 @@ def arguments(name):
     return f"--prompts {shlex.quote(KINDS[kind])} {flags}".strip() if kind in KINDS else flags
 
 
+def command(name):
+    script = RUNS[name][0]
+    folder = "" if script in (ddpo, dpok) else "experiments/"
+    return f"python {folder}{script.__name__}.py {arguments(name)}".strip()
+
+
 def settings(name, **more):
     """The Config of a run."""
-    script, fixed = RUNS[name][0], {"device": "cpu", "precision": "fp32"}
-    fixed |= {"evaluation_images": 2} if script is dpok else {"algo": "sf"} if script is single_pass else {}
-    fixed |= {"sample_every": 1000} if more.get("seed") else {}  # the pictures of seed 0 are shown
+    script = RUNS[name][0]
+    fixed = {"device": "cpu", "precision": "fp32"} | ({"evaluation_images": 2} if script is dpok else {})
     flags = [f"--{name}={value}" for name, value in (fixed | more).items()]
     with contextlib.redirect_stdout(None):
-        return (dpok if script is dpok else ddpo).parse([*shlex.split(arguments(name)), *flags])
+        return script.parse([*shlex.split(arguments(name)), *flags])
 
 
-def load_model(lora=None):
-    """The pre-trained model or, as stock diffusers loads it, a tuned one."""
-    pipe = dpok.load_pipeline(settings("RL count"))
-    if lora:
-        pipe.load_lora_weights(lora)
-    return pipe
+def fingerprint(name):
+    """Of the settings that make a run what it is, but for its seed."""
+    made = dataclasses.asdict(settings(name)) | {"out": "", "sample_every": 0}
+    return f"{zlib.crc32(json.dumps(made, sort_keys=True).encode()):08x}"
 
 
-def draw(pipe, prompts, count):
-    """`count` images of each prompt, of seeds that no run has seen -> images, their prompts."""
-    texts = [prompt for prompt in prompts for _ in range(count)]
-    generators = [dpok.generator(12345, 0, i) for i in range(len(texts))]
-    return dpok.sample(pipe, texts, settings("RL count"), generators).images, texts
-
-
-def score(pipe, prompts):
-    images, texts = draw(pipe, prompts, 256 // len(prompts))
+def score(pipe, prompts, count, seed, epoch):
+    """The scores of about `count` images of a model."""
+    texts = [prompt for prompt in prompts for _ in range(count // len(prompts))]
+    generators = [dpok.generator(seed, 100_000 + epoch, i) for i in range(len(texts))]  # none of a training
+    images = dpok.sample(pipe, texts, settings("RL count"), generators).images
     pixels = np.stack([np.asarray(image, np.float32) / 255 for image in images])
-    return {"alignment": shapes_reward.alignment(images, texts).mean().item(),
-            "strict": shapes_reward.strict(images, texts).mean().item(),
-            "size": rewards.incompressibility(images, texts).mean().item(),
-            "diversity": pixels.reshape(len(prompts), -1, pixels[0].size).std(1).mean().item(),
-            "images": len(images)}
+    found = {"alignment": shapes_reward.alignment(images, texts).mean().item(),
+             "strict": shapes_reward.strict(images, texts).mean().item(),
+             "size": rewards.incompressibility(images, texts).mean().item(),
+             "diversity": pixels.reshape(len(prompts), -1, pixels[0].size).var(1, ddof=1).mean().item()**0.5}
+    return {what: round(value, 4) for what, value in found.items()}
 
 
-def measure(kind, sets=("trained", "unseen", "other"), lora=None):
-    """The scores of a model on the prompts of a kind, on their unseen partners, and on others."""
-    prompts = {"trained": [KINDS[kind]] if kind in KINDS else ALL, "other": OTHER if kind in KINDS else [],
-               "unseen": [partner for name, partner in UNSEEN.items() if kind in (name, "all")]}
-    pipe = load_model(lora)
-    return {name: score(pipe, prompts[name]) for name in sets if prompts[name]}
+def prompt_sets(kind):
+    """The prompts of a kind, their unseen partners, and others."""
+    return {"trained": [KINDS[kind]] if kind in KINDS else ALL, "other": OTHER,
+            "unseen": [partner for other, partner in UNSEEN.items() if kind in (other, "all")]}
 
 
-def write(file, content):
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, file)
-
-
-def score_pretrained(kind):
-    """The scores of the pre-trained model; measured once."""
-    file = FOLDER / f"pre-trained {kind}.json"
-    if not file.exists():
-        write(file, measure(kind))
-    return json.loads(file.read_text())
-
-
-def run(folder, name, seed, **more):
-    """Train, measure, and write measured.json last. What it prints is in <name>-<seed>.txt. A run that was
-    stopped, or is of other settings, starts over."""
+def run(name, seed, folder=FOLDER, **more):
+    """Train and measure in a process of its own -> what claims.json keeps of a run."""
     torch.set_num_threads(1)
-    if load(folder, name, seed, **more):
-        return
-    folder, (script, kind, _), stages = folder / f"{name}-{seed}", RUNS[name], {}
-    config = settings(name, seed=seed, out=folder, **more)
-    train = dpok.train_supervised if config.algo == "sft" else script.train
+    folder, (script, kind, _), measured = folder / f"{name}-{seed}", RUNS[name], {}
+    wanted = ["trained"] + ["unseen"] * name.startswith(("RL ", "DDPO jpeg"))  # what claims speak of
+    wanted += ["other"] * name.startswith(("RL ", "jpeg beta"))
+    config, home = settings(name, seed=seed, out=folder, **more), dpok if script is dpok else ddpo
+    save_run = home.save_run
     shutil.rmtree(folder, ignore_errors=True)
+
+    def save_and_keep(folder, log, *others):
+        save_run(folder, log, *others)
+        shutil.copytree(folder / "lora", folder / f"lora-{len(log)}")
+
     with (open(f"{folder}.txt", "w") as output, contextlib.redirect_stdout(output),
-          contextlib.redirect_stderr(output)):
-        for epochs in [stage for stage in STAGES.get(name, ()) if stage < config.epochs] + [config.epochs]:
-            train(dataclasses.replace(config, epochs=epochs, resume=str(folder) if stages else ""))
-            sets = ["trained", "unseen", "other"] if epochs == config.epochs else ["trained"]
-            stages[epochs] = measure(kind, sets, folder / "lora")
-    write(folder / "measured.json", stages[config.epochs] | {"stages": stages})
+          contextlib.redirect_stderr(output), mock.patch.object(home, "save_run", save_and_keep)):
+        (dpok.train_supervised if config.algo == "sft" else script.train)(config)
+        with open(folder / "log.csv", newline="") as file:
+            log = {column: [float(value) for value in values] for column, *values in zip(*csv.reader(file))}
+        last, pipe = len(log["epoch"]), dpok.load_pipeline(settings("RL count"))
+        ends = [epoch for epoch in (last - 4, last - 2, last) if epoch > 0]
+        for epoch in (*STAGES.get(name, ()), *ends):
+            pipe.load_lora_weights(folder / f"lora-{epoch}")  # as stock diffusers loads it
+            for where, prompts in prompt_sets(kind).items():
+                if prompts and where in wanted:
+                    scores = score(pipe, prompts, 128 if where == "trained" else 64, seed, epoch)
+                    measured.setdefault(where, {})[epoch] = scores
+            pipe.unload_lora_weights()
+    return {"settings": fingerprint(name), "minutes": round(sum(log["seconds"]) / 60, 2), "ends": ends,
+            "queries": int(log["reward_queries"][-1]), "updates": last * config.updates_per_epoch, **measured,
+            **{column: [float(f"{value:.4g}") for value in log[column]] for column in ("reward_mean", "kl")}}
 
 
-def load(folder, name, seed, **more):
-    """The scores of a run with what its log says of it; None if none with these settings is finished."""
-    folder = folder / f"{name}-{seed}"
-    if not (folder / "measured.json").exists():
-        return None
-    made, asked = json.loads((folder / "config.json").read_text()), settings(name, seed=seed, **more)
-    if any(made.get(field) != value for field, value in dataclasses.asdict(asked).items()
-           if field not in ("out", "sample_every")):
-        return None
-    with open(folder / "log.csv", newline="") as file:
-        log = {column: [float(value) for value in values] for column, *values in zip(*csv.reader(file))}
-    return json.loads((folder / "measured.json").read_text()) | {
-        "queries": int(log["reward_queries"][-1]), "updates": len(log["epoch"]) * made["updates_per_epoch"],
-        "kl": float(np.mean(log["kl"][-5:])), "minutes": sum(log["seconds"]) / 60,
-        "log": {column: log[column] for column in ("reward_queries", "reward_mean", "kl", "seconds")}}
+def measure_pretrained():
+    """{kind: the scores of the pre-trained model, of a thousand images of each set}"""
+    torch.set_num_threads(1)
+    pipe = dpok.load_pipeline(settings("RL count"))
+    sets = {kind: prompt_sets(kind) for kind in (*KINDS, "all")}
+    scores = {prompts: score(pipe, prompts, PRETRAINED, 99, 0)
+              for prompts in {tuple(prompts) for kind in sets for prompts in sets[kind].values()} if prompts}
+    return {kind: {where: scores[tuple(prompts)] for where, prompts in sets[kind].items() if prompts}
+            for kind in sets}
 
 
-def run_all(folder, jobs, at_once):
-    """jobs [(run, seed, further settings)] -> how many failed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pool = ProcessPoolExecutor(at_once)
-    try:
-        waiting = {pool.submit(run, folder, name, seed, **more): (name, seed) for name, seed, more in jobs}
+def load(file):
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"pre-trained": {}, "runs": {}}
+
+
+def save(file, stored):
+    """A line for each kind of the pre-trained model and each run."""
+    sections = []
+    for section, lines in stored.items():
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in lines.items())
+        sections.append(f"{json.dumps(section)}: {{\n{lines}\n}}")
+    file.with_suffix(".part").write_text("{" + ",\n".join(sections) + "}\n", encoding="utf-8")
+    os.replace(file.with_suffix(".part"), file)
+
+
+def run_all(jobs, at_once, file):
+    """Make the runs (name, seed, further settings) that a file lacks, and keep each in it as it ends -> how
+    many failed."""
+    stored, failed = load(file), 0
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(at_once, max_tasks_per_child=4, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(run, name, seed, **more): f"{name}-{seed}" for name, seed, more in jobs
+                   if stored["runs"].get(f"{name}-{seed}", {}).get("settings") != fingerprint(name)}
         for job in as_completed(waiting):
-            print(*waiting[job], job.exception() or "is finished", flush=True)
-        return sum(job.exception() is not None for job in waiting)
-    finally:
-        pool.shutdown(cancel_futures=True)
+            print(waiting[job], job.exception() or "is finished", flush=True)
+            failed += job.exception() is not None
+            if not job.exception():
+                stored["runs"][waiting[job]] = job.result()
+                save(file, stored)
+    return failed
 
 
-# ---------- verdicts; before {kind: scores of the pre-trained model}, found {run: scores of each seed}
+# ---------- verdicts; `before` has the scores of the pre-trained model, `found` {run: those of each seed}
+
+def finished(stored, least=8):
+    """-> {run: [what is kept of each seed]}, of those that are finished with enough seeds."""
+    found = {name: [kept for key, kept in sorted(stored["runs"].items()) if key.rpartition("-")[0] == name]
+             for name in RUNS}
+    return {name: runs for name, runs in found.items() if len(runs) >= least}
+
+
+def over_seeds(found, name, what="strict", where="trained", epoch=None):
+    """One number of each seed: at an epoch, or the mean of those at which the run ends."""
+    return np.array([np.mean([run[where][str(end)][what] for end in ([epoch] if epoch else run["ends"])])
+                     for run in found[name]])
+
 
 def standard_error(values):
-    """Of the mean over seeds, the first dimension; 0 for one value."""
-    return values.std(0, ddof=1) / len(values)**0.5 if len(values) > 1 else 0.0
+    return values.std(ddof=1) / len(values)**0.5
 
 
 def spread(values):
     """Mean ± standard error over seeds, as text."""
-    return f"{values.mean():.2f} ± {standard_error(values):.2f}" if np.isfinite(values).all() else ""
-
-
-def over_seeds(found, name, what="strict", where="trained", epochs=None):
-    """One number of every seed; not a number where a run is not finished."""
-    seeds = [scores["stages"][str(epochs)] if epochs else scores for scores in found.get(name, [])]
-    return np.array([scores[where][what] for scores in seeds] or [np.nan])
+    return f"{values.mean():.2f} ± {standard_error(values):.2f}"
 
 
 def claims(before, found):
-    """-> (section of the paper, claim, the least mean effect at which it holds, {part of it: (the runs that
-    show it, the effect with each seed)})."""
-    def gained(name, what="strict", where="trained", epochs=None):
-        return [name], over_seeds(found, name, what, where, epochs) - before[RUNS[name][1]][where][what]
+    """-> (section of the paper, claim, the least mean effect at which it holds, {part of it: (its runs, the
+    effect with each seed, the standard error of what all seeds are compared with)}), of what is finished."""
+    def gained(name, what="strict", where="trained", epoch=None, sign=1):
+        if name not in found:
+            return None
+        start = before[RUNS[name][1]][where][what]
+        error = (start * (1 - start) / PRETRAINED)**0.5 if what == "strict" else 0  # others have less
+        return [name], sign * (over_seeds(found, name, what, where, epoch) - start), error
 
-    def lost(name, what="strict", where="trained", epochs=None):
-        return [name], -gained(name, what, where, epochs)[1]
+    def lost(name, what="strict", where="trained", epoch=None):
+        return gained(name, what, where, epoch, -1)
 
-    def kept(name, where="trained", epochs=None):
-        return [name], 0.1 + gained(name, "strict", where, epochs)[1]
+    def kept(name, where="trained", epoch=None):
+        part = gained(name, "strict", where, epoch)
+        return part and (part[0], 0.1 + part[1], part[2])
 
-    def versus(one, other, what="strict", where="trained", epochs=(None, None)):
-        a, b = (over_seeds(found, name, what, where, at) for name, at in zip((one, other), epochs))
-        return [one, other], a[:len(b)] - b[:len(a)]  # some runs have eight seeds, others five
+    def versus(one, other, what="strict", where="trained", sign=1):
+        if not {one, other} <= found.keys():
+            return None
+        a, b = (over_seeds(found, name, what, where) for name in (one, other))
+        return [one, other], sign * (a[:len(b)] - b[:len(a)]), 0  # seed by seed
 
-    jpeg = "DDPO jpeg"
     yield "DDPO 6.1", "DDPO makes JPEGs smaller or larger as it is asked, kB", 0, {
-        "smaller": lost(jpeg, "size"), "larger": gained("DDPO incompressibility", "size")}
+        "smaller": lost("DDPO jpeg", "size"), "larger": gained("DDPO incompressibility", "size")}
     yield "DDPO 6.2", "DDPO raises alignment, strict accuracy by 0.15 or more", 0.15, {
         kind: gained(f"DDPO {kind}") for kind in UNSEEN}
-    text = "DDPO_IS with 64 samples and four updates an epoch is better than DDPO_SF with 64 and one,"
-    yield "DDPO 6.1", f"{text} on as many reward queries", 0, {
-        "count, strict accuracy": versus("DDPO count", "SF64 count", epochs=(24, None)),
-        "`jpeg`, kB": versus("SF64 jpeg", jpeg, "size", epochs=(None, 24))}
-    text = "DDPO_SF with 64 samples and one update an epoch is better than DDPO_IS with 256 and four,"
-    for sf, ppo, terms in ((None, None, "on as many queries and updates"),
-                           (22, 4, "in about the same time, 22 epochs against 4")):
-        yield "", f"{text} {terms}", 0, {
-            "count, strict accuracy": versus("SF64 count", "IS256 count", epochs=(sf, ppo)),
-            "`jpeg`, kB": versus("IS256 jpeg", "SF64 jpeg", "size", epochs=(ppo, sf))}
-    yield "DDPO A", "DDPO over-optimises `jpeg`: files shrink on after epoch 24, kB", 0, {
-        "": versus(jpeg, jpeg, "size", epochs=(24, None))}
-    yield "DDPO A", "… and strict accuracy is lost, in all 0.15 or more", 0.15, {"": lost(jpeg)}
-    yield "DDPO A", "… and diversity", 0, {"": lost(jpeg, "diversity")}
+    for other, text in {"RWR": "reward-weighted regression", "RWR_sparse": "RWR_sparse"}.items():
+        for method, name in {"DDPO": "DDPO_IS", "SF": "DDPO_SF"}.items():
+            yield "DDPO Fig. 4", f"{name} is better than {text} on as many reward queries", 0, {
+                "`jpeg`, kB": versus(f"{method} jpeg", f"{other} jpeg", "size", sign=-1),
+                "`incompressibility`, kB": versus(
+                    f"{method} incompressibility", f"{other} incompressibility", "size"),
+                "count, alignment": versus(f"{method} count", f"{other} count", "alignment")}
+    yield "DDPO Fig. 4", "DDPO_IS is better than DDPO_SF on as many reward queries", 0, {
+        "`jpeg`, kB": versus("DDPO jpeg", "SF jpeg", "size", sign=-1),
+        "`incompressibility`, kB": versus("DDPO incompressibility", "SF incompressibility", "size"),
+        "count, alignment": versus("DDPO count", "SF count", "alignment")}
+    for name, sign in (("jpeg", -1), ("incompressibility", 1)):
+        name = f"DDPO {name}"
+        yield "DDPO A", f"DDPO over-optimises `{name[5:]}`: strict accuracy is lost, 0.15 or more", 0.15, {
+            "": lost(name)}
+        yield "DDPO A", "… and diversity", 0, {"": lost(name, "diversity")}
+    remedies = {"`--kl_weight`": ("DDPO jpeg kl_weight", None), "`--max_kl`": ("DDPO jpeg max_kl", None),
+                "stopped after epoch 12": ("DDPO jpeg", 12)}
     text = "With a remedy, DDPO on `jpeg` loses less than 0.1 of strict accuracy (0.1 − the loss)"
-    yield "DDPO A", text, 0, {
-        "with `--kl_weight 0.3`": kept("DDPO jpeg kl_weight"),
-        "stopped after epoch 12": kept(jpeg, epochs=12)}
+    yield "DDPO A", text, 0, {name: kept(run, epoch=epoch) for name, (run, epoch) in remedies.items()}
     yield "DDPO A", "… and files still shrink, kB", 0, {
-        "with `--kl_weight 0.3`": lost("DDPO jpeg kl_weight", "size"),
-        "stopped after epoch 12": lost(jpeg, "size", epochs=12)}
+        name: lost(run, "size", epoch=epoch) for name, (run, epoch) in remedies.items()}
     yield "DPOK 5.2, 5.4", "DPOK raises strict accuracy by 0.15 or more", 0.15, {
         kind: gained(f"RL {kind}") for kind in KINDS}
-    for section, other, note in (("DPOK 5.2", "KL-O", ", supervised, as set up here,"),
-                                 ("DPOK 5.2", "KL-D", ", supervised, as set up here,"), ("", "DDPO", "")):
+    for section, other in ("DPOK 5.2", "KL-O"), ("DPOK E.1", "KL-D"), ("", "DDPO"):
+        note = ", supervised, as set up here," if section else ""
         yield section, f"DPOK is better than {other}{note} on as many reward queries, strict accuracy", 0, {
             kind: versus(f"RL {kind}", f"{other} {kind}") for kind in UNSEEN}
     text = "DPOK is better with the value function, centred, than with no baseline (`--no-value`),"
     yield "DPOK A.5", f"{text} strict accuracy", 0, {
-        kind: versus(f"RL {kind}", f"no value {kind}") for kind in ("count", "location")}
+        "location": versus("RL location", "no value location")}
     yield "DPOK Fig. 10", "DPOK raises prompts never trained on, their unseen partners, strict accuracy", 0, {
         kind: gained(f"RL {kind}", where="unseen") for kind in UNSEEN}
     yield "DDPO 6.3", "DDPO on `jpeg` makes files of captions never trained on smaller, kB", 0, {
-        "": lost(jpeg, "size", "unseen")}
+        "": lost("DDPO jpeg", "size", "unseen")}
     text = "DPOK on `jpeg`, β 0: strict accuracy of other prompts is lost, 0.15 or more"
     yield "after DPOK 5.3", text, 0.15, {"": lost("jpeg beta 0", where="other")}
     text = "… β 0.5: less than 0.1 is lost (0.1 − the loss)"
@@ -274,16 +300,29 @@ def claims(before, found):
         "": versus("jpeg beta 0.5", "jpeg beta 0", "diversity", "other")}
 
 
-def verdict(effect, least):
-    """Holds: the mean is large enough, and its 95 % interval lies above 0. Does not hold: the interval lies
-    below what was asked."""
-    mean, reach = effect.mean(), STUDENT[len(effect)] * standard_error(effect)
+def verdict(part, least):
+    """Holds: the mean is large enough, and its 95 % interval lies above 0. Fails: the interval lies below
+    what was asked. Else it is inconclusive."""
+    _, effect, error = part
+    mean, reach = effect.mean(), STUDENT[len(effect)] * (standard_error(effect)**2 + error**2)**0.5
     if mean >= least and mean > reach:
         return "holds"
-    return "**does not hold**" if mean + reach < least else "not shown"
+    return "**fails**" if mean + reach < least else "inconclusive"
 
 
-# ---------- the README's tables, as lines of text
+def repeat(stored, again, count):
+    """Whether the mean over `count` other seeds lies where it would in 95 of 100 cases, by the recorded."""
+    before = stored["pre-trained"]
+    for (_, claim, _, recorded), (_, _, _, new) in zip(claims(before, finished(stored)),
+                                                       claims(before, finished(again, count))):
+        for name in (name for name in recorded if recorded[name] and new[name]):
+            old, mean = recorded[name][1], new[name][1].mean()
+            reach = STUDENT[len(old)] * old.std(ddof=1) * (1 / len(old) + 1 / count)**0.5
+            says = "within" if abs(mean - old.mean()) <= reach else "OUTSIDE"
+            print(f"{claim}, {name}: {mean:.2f}, {says} {old.mean():.2f} ± {reach:.2f}")
+
+
+# ---------- the tables, as lines of text
 
 def row(*cells):
     return f"| {' | '.join(cells)} |"
@@ -293,200 +332,77 @@ def header(*columns):
     return f"\n{row(*columns)}\n{'|---' * len(columns)}|"
 
 
-def group(name):
-    """The method of a run that is made for each of KINDS, otherwise the run's name."""
-    method, _, kind = name.partition(" ")
-    return method if method in METHODS and kind in KINDS else name
-
-
 def claim_table(before, found):
-    yield header("paper", "claim", "effect", "on `shapes/`", "seeds", "minutes of one core",
-                 "runs (commands: experiments/README.md)").strip()
+    yield header("paper", "claim", "effect", "on `shapes/`", "runs").strip()
     for section, claim, least, parts in claims(before, found):
-        if any(np.isnan(effect).any() for _, effect in parts.values()):
-            continue  # a run of it is not finished
-        effects = "; ".join(f"{part} {spread(effect)}".strip() for part, (_, effect) in parts.items())
-        verdicts = {part: verdict(effect, least) for part, (_, effect) in parts.items()}
+        parts = {name: part for name, part in parts.items() if part}
+        effects = "; ".join(f"{name} {spread(part[1])}".strip() for name, part in parts.items())
+        verdicts = {name: verdict(part, least) for name, part in parts.items()}
         if len(set(verdicts.values())) == 1:
             verdicts = {"": verdict for verdict in verdicts.values()}
-        verdicts = ", ".join(f"{part}: {says}".removeprefix(": ") for part, says in verdicts.items())
-        seeds = ", ".join(sorted({str(len(effect)) for _, effect in parts.values()}))
-        names = list(dict.fromkeys(name for names, _ in parts.values() for name in names))
-        minutes = sum(scores["minutes"] for name in names for scores in found[name])
-        groups = ", ".join(dict.fromkeys(map(group, names)))
-        yield row(section, claim, effects, verdicts, seeds, f"{minutes:.0f}", groups)
+        verdicts = ", ".join(f"{name}: {says}".removeprefix(": ") for name, says in verdicts.items())
+        names = dict.fromkeys(name for runs, *_ in parts.values() for name in runs)
+        if parts:
+            yield row(section, claim, effects, verdicts, ", ".join(names))
 
 
 def ddpo_table(before, found):
-    columns = ("size", "trained"), ("strict", "trained"), ("diversity", "trained"), ("size", "unseen")
-    yield header("`ddpo.py` on the 16 prompts", "after epoch", "size, kB", "strict", "diversity",
-                 "size, captions never trained on")
-    yield "| pre-trained | " + row(*(f"{before['all'][where][what]:.2f}" for what, where in columns))
-    for name in ("DDPO jpeg", "DDPO jpeg kl_weight", "DDPO incompressibility"):
-        for epochs, stage in found[name][0]["stages"].items() if name in found else ():
-            yield row(f"`{RUNS[name][2]}`", epochs, *(
-                spread(over_seeds(found, name, what, where, epochs)) if where in stage else ""
-                for what, where in columns))
-
-
-def single_pass_table(before, found):
-    yield header("eight seeds", "queries", "updates", "strict, count", "size, `jpeg`, kB", "strict, `jpeg`",
-                 "KL, count", "KL, `jpeg`", "minutes, count", "minutes, `jpeg`")
-    for who, text in {"SF64": "DDPO_SF, `single_pass.py`, 64 an epoch", "IS256": "DDPO_IS, 256 an epoch",
-                      "lr 1e-3 SF64": "DDPO_SF with `--lr 1e-3`, five seeds",
-                      "unclipped IS256": "DDPO_IS with `--clip_range 1000`, five seeds"}.items():
-        count, jpeg, config = f"{who} count", f"{who} jpeg", settings(f"{who} count")
-        for n in (*STAGES.get(count, ()), config.epochs) if {count, jpeg} <= found.keys() else ():
-            logs = [[scores["log"] for scores in found[name]] for name in (count, jpeg)]
-            yield row(text, str(n * config.samples_per_epoch), str(n * config.updates_per_epoch),
-                      spread(over_seeds(found, count, "strict", epochs=n)),
-                      spread(over_seeds(found, jpeg, "size", epochs=n)),
-                      spread(over_seeds(found, jpeg, "strict", epochs=n)),
-                      *(spread(np.array([log["kl"][n - 1] for log in seeds])) for seeds in logs),
-                      *(f"{np.mean([sum(log['seconds'][:n]) for log in seeds]) / 60:.2f}" for seeds in logs))
+    columns = ("size", "trained"), ("strict", "trained"), ("diversity", "trained")
+    yield header("the 16 prompts", "after epoch", "size, kB", "strict", "diversity", "KL")
+    cells = (f"{before['all'][where][what]:.2f}" for what, where in columns)
+    yield row("pre-trained", "", *cells, "0")
+    for name in (name for name in found if RUNS[name][1] == "all"):
+        for epoch in (*STAGES.get(name, ()), None):
+            kl = np.array([run["kl"][epoch - 1] if epoch else np.mean(run["kl"][-5:]) for run in found[name]])
+            lasts = [run["ends"][-1] for run in found[name]]
+            when = str(epoch or f"{min(lasts)} to {max(lasts)}" * (min(lasts) < max(lasts)) or lasts[0])
+            yield row(name, when, *(spread(over_seeds(found, name, *column, epoch)) for column in columns),
+                      f"{np.median(kl):.2g}")
 
 
 def method_table(before, found):
-    yield header("strict accuracy", "pre-trained", *METHODS, "unseen partner: pre-trained", "unseen: KL-O",
-                 "unseen: RL", "other prompts: pre-trained", "other: RL")
+    methods = "KL-O", "KL-D", "SF", "RWR", "RWR_sparse", "DDPO", "RL"
+    yield header("strict accuracy", "pre-trained", *methods, "unseen partner: pre-trained", "unseen: RL",
+                 "other prompts: pre-trained", "other: RL")
     for kind, prompt in KINDS.items():
         start = {where: f"{scores['strict']:.2f}" for where, scores in before[kind].items()}
-        tuned = [spread(over_seeds(found, f"{method} {kind}")) for method in METHODS]
-        unseen = [start["unseen"], *(spread(over_seeds(found, f"{method} {kind}", where="unseen"))
-                                     for method in ("KL-O", "RL"))] if kind in UNSEEN else ["", "", ""]
-        other = spread(over_seeds(found, f"RL {kind}", where="other"))
-        yield row(prompt, start["trained"], *tuned, *unseen, start["other"], other)
-
-
-def beta_table(before, found):
-    columns = ("size", "trained"), ("strict", "other"), ("diversity", "other"), ("strict", "trained")
-    yield header("`dpok.py --reward jpeg`", "size, kB", "strict, other prompts", "diversity, other prompts",
-                 "strict, its own prompt")
-    yield row("pre-trained", *(f"{before['count'][where][what]:.2f}" for what, where in columns))
-    for beta in BETAS:
-        yield row(f"`--beta {beta}`", *(spread(over_seeds(found, f"jpeg beta {beta}", *c)) for c in columns))
+        tuned = [spread(over_seeds(found, name)) if (name := f"{method} {kind}") in found else ""
+                 for method in methods]
+        unseen, other = (spread(over_seeds(found, f"RL {kind}", where=where))
+                         if f"RL {kind}" in found and where in start else "" for where in ("unseen", "other"))
+        yield row(prompt, start["trained"], *tuned, start.get("unseen", ""), unseen, start["other"], other)
 
 
 def run_table(before, found):
-    yield header("runs", "command, with `--device cpu --precision fp32` and `--seed` 0, 1, …",
-                 "reward queries", "updates", "minutes of one core")
-    for runs in dict.fromkeys(map(group, found)):
-        names, cells = [name for name in found if group(name) == runs], []
-        script, _, flags = RUNS[names[0]]
-        file = f"{'experiments/' if script is single_pass else ''}{script.__name__}.py"
-        flags = f'--prompts "…" {flags}'.strip() if runs in METHODS else arguments(runs)
-        for what in ("queries", "updates", "minutes"):
-            values = [scores[what] for name in names for scores in found[name]]
-            a, b = min(values), max(values)
-            cells.append(f"{a:.4g}" if a == b else f"{a:.1f} to {b:.1f}")
-        yield row(runs, f"`python {file} {flags}`", *cells)
-    minutes = [scores["minutes"] for seeds in found.values() for scores in seeds]
-    yield f"| all {len(minutes)} | | | {row(f'{sum(minutes):.0f}')}"
+    yield header("run", "command, with `--device cpu --precision fp32` and `--seed`", "queries", "updates",
+                 "minutes of one core")
+    for name, runs in found.items():
+        yield row(name, f"`{command(name)}`", *(str(max(run[what] for run in runs))
+                                                for what in ("queries", "updates")),
+                  f"{np.median([run['minutes'] for run in runs]):.1f}")
+    minutes = [run["minutes"] for runs in found.values() for run in runs]
+    yield row(f"all {len(minutes)}", "", "", "", f"{sum(minutes):.0f}")
 
 
-TABLES = claim_table, ddpo_table, single_pass_table, method_table, beta_table, run_table
+def all_tables(stored):
+    """The lines between two marks in experiments/README.md."""
+    tables = claim_table, ddpo_table, method_table, run_table
+    return [line for table in tables for line in table(stored["pre-trained"], finished(stored))]
 
 
-# ---------- figures
-
-def plot_curves(found):
-    """Reward against reward queries: mean and standard error over seeds."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    for axis, (title, names) in zip(axes, {
-            "jpeg, −kB": ["DDPO jpeg", "IS256 jpeg", "SF64 jpeg", "DDPO jpeg kl_weight"],
-            "incompressibility, kB": ["DDPO incompressibility"],
-            'alignment, "two red squares"': ["DDPO count", "IS256 count", "SF64 count", "RL count"]}.items()):
-        for name in names:
-            queries = found[name][0]["log"]["reward_queries"]
-            values = np.array([scores["log"]["reward_mean"] for scores in found[name]])
-            mean, error = values.mean(0), standard_error(values)
-            axis.plot(queries, mean, label=name)
-            axis.fill_between(queries, mean - error, mean + error, alpha=0.3)
-        axis.set(title=title, xlabel="reward queries", ylabel="reward")
-        axis.legend()
-    figure.savefig(RESULTS / "curves.png", dpi=100)
-
-
-def plot_methods(before, found):
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
-    for axis, what, title in zip(axes, ("strict", "alignment"), ("strict, judged by", "alignment, rewarded")):
-        bars = {"pre-trained": [np.array([before[kind]["trained"][what]]) for kind in KINDS]}
-        for method in METHODS:
-            bars[method] = [over_seeds(found, f"{method} {kind}", what) for kind in KINDS]
-        for i, (label, values) in enumerate(bars.items()):
-            axis.bar(np.arange(len(KINDS)) + 0.16 * i, [v.mean() for v in values], 0.15, label=label,
-                     yerr=[standard_error(v) for v in values])
-        axis.set(title=title, xticks=np.arange(len(KINDS)) + 0.32, xticklabels=KINDS)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
-    figure.savefig(RESULTS / "methods.png", dpi=100)
-
-
-def plot_frontier(before, found):
-    """What a weight of the KL buys: the reward against the KL, and what is lost against the reward."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for beta, colour in zip(BETAS, ("C0", "C1", "C2")):
-        left.plot([], [], "o", color=colour, label=f"β {beta}")
-        for scores in found[f"jpeg beta {beta}"]:
-            log, reward, ringed = scores["log"], -scores["trained"]["size"], {"markeredgecolor": "black"}
-            left.plot(log["kl"], log["reward_mean"], ".", color=colour, alpha=0.3, markersize=4)
-            left.plot(scores["kl"], reward, "o", color=colour, **ringed)
-            right.plot(reward, scores["other"]["strict"], "o", color=colour, **ringed)
-    right.plot(-before["count"]["trained"]["size"], before["count"]["other"]["strict"], "k*", markersize=12)
-    left.set(title="rounds of all seeds; ringed: the end, as measured", xscale="log",
-             xlabel="KL to the pre-trained model, a step", ylabel="reward, −kB")
-    right.set(title="what it costs; star: pre-trained", xlabel="reward, −kB", ylabel="strict, other prompts")
-    left.legend()
-    figure.savefig(RESULTS / "frontier.png", dpi=100)
-
-
-def save_grid(file, title, images, captions, columns):
-    """Images, enlarged, in rows under a title, each above its caption."""
-    captions, tiles = [textwrap.fill(caption, 28) for caption in captions], []
-    bottom = 10 + 13 * (1 + max(caption.count("\n") for caption in captions))
-    for image, caption in zip(images, captions):
-        tiles.append(ImageOps.expand(image.resize((160, 160), Image.BOX), (4, 4, 4, bottom), "white"))
-        ImageDraw.Draw(tiles[-1]).text((4, 166), caption, "black", font_size=10)
-    sheet = make_image_grid(tiles, len(tiles) // columns, columns)
-    sheet = ImageOps.expand(sheet, (0, 24, 0, 0), "white")
-    ImageDraw.Draw(sheet).text((4, 6), title, "black", font_size=12)
-    sheet.save(file)
-
-
-def draw_images(file, title, rows, prompts):
-    """Two images of each prompt, the same seeds below each other as in DPOK's Fig. 2. A row has a run for
-    each prompt, shown by its seed 0, or None for the pre-trained model."""
-    cells, captions = [], []
-    for names in rows:
-        for name, prompt in zip(names, prompts):
-            images, texts = draw(load_model(name and FOLDER / f"{name}-0" / "lora"), [prompt], 2)
-            cells += images
-            captions += [f"{right:.0f} {prompt}" for right in shapes_reward.strict(images, texts)]
-    save_grid(RESULTS / file, title, cells, captions, 2 * len(prompts))
-
-
-def draw_all_images():
-    """Figures of images, of seed 0; some are grids that the scripts left."""
-    rows = [[name and f"{name} {kind}" for kind in UNSEEN] for name in (None, "KL-O", "RL")]
-    draw_images("dpok-methods.png", "rows: pre-trained, supervised (KL-O), RL; 1 is strictly right", rows,
-                [KINDS[kind] for kind in UNSEEN])
-    rows = [[None] * 5, *([f"jpeg beta {beta}"] * 5 for beta in BETAS)]
-    title = f"reward jpeg on one prompt, images of others; rows: pre-trained, beta {', '.join(BETAS)}"
-    draw_images("dpok-beta.png", title, rows, OTHER[::2][:5])
-    for name, picture, file in (("DDPO jpeg", "progress", "ddpo-jpeg"), ("RL bias", "progress", "dpok-bias"),
-                                ("DDPO count", "comparison", "ddpo-alignment"),
-                                ("DDPO jpeg kl_weight", "comparison", "ddpo-jpeg-kl")):
-        shutil.copy(FOLDER / f"{name}-0" / f"{picture}.png", RESULTS / f"{file}.png")
-
+# ---------- the command line
 
 def quick(at_once):
     """Trends only -> how many runs failed."""
-    folder = HERE.parent / "runs" / "claims-quick"
-    failed = run_all(folder, [(name, 0, {"epochs": epochs}) for name, epochs in QUICK.items()], at_once)
+    file, before = FOLDER / "quick.json", load(RECORDED)["pre-trained"]
+    file.unlink(missing_ok=True)
+    failed = run_all([(name, 0, {"epochs": epochs}) for name, epochs in QUICK.items()], at_once, file)
     print("one seed, short runs: trends, no verdicts")
-    for name, epochs in QUICK.items():
-        scores, start = load(folder, name, 0, epochs=epochs), score_pretrained(RUNS[name][1])["trained"]
-        for what in ("size", "strict") if scores else ():
-            print(f"{name}, {epochs} epochs: {what} {start[what]:.2f} → {scores['trained'][what]:.2f}")
+    for key, scores in load(file)["runs"].items():
+        name, last = key.rpartition("-")[0], str(scores["ends"][-1])
+        for what in ("size", "strict"):
+            start, end = before[RUNS[name][1]]["trained"][what], scores["trained"][last][what]
+            print(f"{name}, {last} epochs: {what} {start:.2f} → {end:.2f}")
     return failed
 
 
@@ -494,29 +410,28 @@ def main():
     """Exit status 1 if a run failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="")
+    parser.add_argument("--count", type=int, choices=STUDENT, default=8)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # here as in the runs
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    if options.quick:
-        return int(quick(options.jobs) > 0)
-    names = [name for name in RUNS if options.only in name]
+    names, seeds = [name for name in RUNS if options.only in name], range(FIRST, FIRST + options.count)
     if not names:
         parser.error(f"only {options.only!r} is in the name of no run; the runs are {', '.join(RUNS)}")
-    jobs = [(name, seed, {}) for seed in range(8) for name in names if seed < SEEDS[name]]
-    failed = run_all(FOLDER, jobs, options.jobs)
-    before = {kind: score_pretrained(kind) for kind in (*KINDS, "all")}
-    found = {name: [load(FOLDER, name, seed) for seed in range(SEEDS[name])] for name in RUNS}
-    found = {name: scores for name, scores in found.items() if all(scores)}
-    lines = [line for table in TABLES for line in table(before, found)]
-    print("\n".join(lines))
-    if found.keys() == RUNS.keys():
-        write(RESULTS / "claims.json", {"pre-trained": before, "runs": found, "tables": lines})
-        plot_curves(found)
-        plot_methods(before, found)
-        plot_frontier(before, found)
-        draw_all_images()
+    if options.quick:
+        return int(quick(options.jobs) > 0)
+    jobs = [(name, seed, {}) for name in names for seed in options.seeds or seeds]
+    if options.seeds:
+        again = FOLDER / f"seeds-{'-'.join(map(str, options.seeds))}.json"
+        failed = run_all(jobs, options.jobs, again)
+        repeat(load(RECORDED), load(again), len(options.seeds))
+        return int(failed > 0)
+    if not (stored := load(RECORDED))["pre-trained"]:
+        save(RECORDED, stored | {"pre-trained": measure_pretrained()})
+    failed = run_all(jobs, options.jobs, RECORDED)
+    page, tables = PAGE.read_text(encoding="utf-8"), "\n".join(all_tables(load(RECORDED)))
+    begin, end = (page.index(f"<!-- {mark} of claims.py -->") for mark in ("begin", "end"))
+    PAGE.write_text(f"{page[:begin]}<!-- begin of claims.py -->\n{tables}\n{page[end:]}", encoding="utf-8")
     return int(failed > 0)
 
 

@@ -126,10 +126,14 @@ def train(config):
     return folder
 
 
+def parse(argv=None):
+    return dataclasses.replace(ddpo.parse(argv), algo="sf", updates_per_epoch=1)
+
+
 def main(argv=None):
     """Exit status 0; 2, its reason last on stderr, for what a user can mend."""
     try:
-        train(dataclasses.replace(ddpo.parse(argv), algo="sf", updates_per_epoch=1))
+        train(parse(argv))
         return 0
     except SystemExit as stop:
         return stop.code

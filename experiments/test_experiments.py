@@ -1,4 +1,5 @@
-"""One pass is two, the experiments measure what they say, and the pages have their numbers.
+"""One pass is two, RWR is its definition, the experiments measure what they say, and the pages have their
+numbers.
 
     python -m pytest -q experiments/test_experiments.py   # with experiments/requirements.txt; within a minute
 
@@ -26,6 +27,7 @@ import bench  # noqa: E402
 import claims  # noqa: E402
 import ddpo  # noqa: E402
 import rewards  # noqa: E402
+import rwr  # noqa: E402
 import single_pass  # noqa: E402
 
 torch.set_num_threads(1)
@@ -187,6 +189,94 @@ def test_one_pass_refuses_a_penalty_in_one_line(config, capsys):
     assert len(lines) == 1 and "kl_weight 0.1" in lines[0] and not Path(config.out).exists()
 
 
+# ---------- reward-weighted regression
+
+@pytest.fixture
+def regression(pipeline, tmp_path):
+    """Settings of two rounds of RWR on the random pipeline."""
+    return rwr.Config(
+        model=str(pipeline), prompts="two red squares", samples_per_epoch=16, steps=3, epochs=2, batch=4,
+        updates_per_epoch=3, update_batch=8, inverse_temperature=400.0, percentile=0.6, lr=1e-3,
+        sample_every=9, device="cpu", out=str(tmp_path / "run"))
+
+
+def test_the_weights_are_a_softmax_over_the_images_of_each_prompt(regression):
+    config = dataclasses.replace(regression, inverse_temperature=0.2)
+    prompt, reward = torch.tensor([0, 1, 0, 1, 0]), torch.tensor([1.0, 20.0, 3.0, 10.0, -1.0])
+    # exp(0.2 r) is 1.2214, 1.8221, 0.8187 for prompt 0, sum 3.8623; e^4, e^2 for prompt 1, sum 61.9872
+    expected = torch.tensor([3 * 1.2214 / 3.8623, 2 * 54.5982 / 61.9872, 3 * 1.8221 / 3.8623,
+                             2 * 7.3891 / 61.9872, 3 * 0.8187 / 3.8623])
+    torch.testing.assert_close(rwr.weights(prompt, reward, config), expected, rtol=1e-4, atol=0)
+    far = reward + 1000.0 * prompt  # neither another prompt's rewards nor a constant matter
+    torch.testing.assert_close(rwr.weights(prompt, far, config), expected, rtol=1e-4, atol=0)
+
+
+def test_the_sparse_weights_keep_the_best_tenth_of_each_prompt(regression):
+    config = dataclasses.replace(regression, algo="sparse", percentile=0.9)
+    prompt, reward = torch.arange(40) % 2, torch.randperm(40).float()
+    reward[prompt == 1] += 100  # all of its images are better than those of prompt 0
+    weight = rwr.weights(prompt, reward, config)
+    for number in (0, 1):
+        best = reward[prompt == number].topk(2).values
+        assert torch.equal(reward[(prompt == number) & (weight > 0)].sort().values, best.sort().values)
+    assert set(weight.tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("algo", ["rwr", "sparse"])
+def test_an_update_of_rwr_is_that_of_its_definition(algo, regression, monkeypatch):
+    """The gradient of the mean over 8 of the round's images of w || eps - eps_theta(x_t, t, c) ||^2, with
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps and the guided eps_theta, at other weights than p_pre's."""
+    config = dataclasses.replace(regression, algo=algo, epochs=1, updates_per_epoch=1)
+    add_lora, taken = ddpo.add_lora, {}
+
+    def optimizer_step(lora, *others):
+        taken.update(lora=lora, gradients=[parameter.grad.clone() for parameter in lora])
+        return 0.0
+
+    def kl_to_pretrained(pipe, rollout, *others):
+        taken.update(pipe=pipe, rollout=rollout)
+        return 0.0
+
+    monkeypatch.setattr(ddpo, "add_lora", lambda *args: disturb(add_lora(*args)))
+    monkeypatch.setattr(ddpo, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(ddpo, "kl_to_pretrained", kl_to_pretrained)
+    rwr.train(config)
+    pipe, rollout = taken["pipe"], taken["rollout"]
+    rng = ddpo.generator(config.seed, 1, 16)
+    prompt = torch.randint(1, (16,), generator=rng)
+    weight = rwr.weights(prompt, rewards.jpeg(rollout.images, rollout.prompts), config)
+    kept = weight.nonzero()[:, 0]
+    assert len(kept) == {"rwr": 16, "sparse": 7}[algo] and (algo == "sparse" or weight.std() > 0.1)
+    i = torch.cat([kept[torch.randperm(len(kept), generator=rng)] for _ in range(0, 8, len(kept))])[:8]
+    t = torch.randint(1000, (8,), generator=rng)
+    eps = torch.randn(8, 4, 8, 8, generator=rng)
+    abar = pipe.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    x_t = abar.sqrt() * rollout.latents[i, -1] + (1 - abar).sqrt() * eps
+    pipe.unet.zero_grad()
+    with_text = pipe.unet(x_t, t, rollout.cond[i]).sample
+    without = pipe.unet(x_t, t, rollout.uncond.expand(8, -1, -1)).sample
+    guided = config.guidance * with_text + (1 - config.guidance) * without
+    sum(w * (a - b).square().mean() / 8 for w, a, b in zip(weight[i], guided, eps)).backward()
+    for gradient, parameter in zip(taken["gradients"], taken["lora"]):
+        assert (gradient - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() > 0
+
+
+def test_a_resumed_run_of_rwr_ends_as_if_it_had_not_stopped(regression, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert rwr.main(flags(regression, out=whole)) == rwr.main(flags(regression, out=stopped, epochs=1)) == 0
+    assert rwr.main(["--resume", str(stopped), "--epochs", "2"]) == 0
+    assert len(read_log(stopped)) == 2 and float(read_log(whole)[0]["grad_norm"]) > 0
+    assert all(torch.equal(read_lora(stopped)[name], weights) for name, weights in read_lora(whole).items())
+
+
+@pytest.mark.parametrize("change", [{"kl_weight": 0.1}, {"percentile": 1.5}])
+def test_rwr_refuses_what_it_cannot_do_in_one_line(change, regression, capsys):
+    assert rwr.main(flags(regression, **change)) == 2
+    lines, (name, value), = capsys.readouterr().err.splitlines(), *change.items()
+    assert len(lines) == 1 and f"rwr.py: error: {name} {value}" in lines[0]
+    assert not Path(regression.out).exists()
+
+
 # ---------- what is measured
 
 @pytest.mark.parametrize("script", [ddpo, single_pass])
@@ -217,61 +307,99 @@ def test_the_bench_compares_what_the_readme_tells(config):
 
 
 def test_every_run_of_the_claims_is_a_command_of_its_script():
-    for name, (_, kind, _) in claims.RUNS.items():
+    algorithms = {"SF": "sf", "KL-O": "sft", "KL-D": "sft", "RWR": "rwr", "RWR_sparse": "sparse"}
+    for name, (script, kind, _) in claims.RUNS.items():
         config = claims.settings(name, seed=1)
         prompts = [claims.KINDS[kind]] if kind in claims.KINDS else claims.ALL
         assert ddpo.load_prompts(config.prompts) == prompts and (config.seed, config.device) == (1, "cpu")
-        assert ("SF64" in name, name.startswith("KL-")) == (config.algo == "sf", config.algo == "sft")
+        assert config.algo == algorithms.get(name.split()[0], "is" if script is ddpo else "rl")
+        if name in ("RWR jpeg", "RWR_sparse jpeg", "SF jpeg"):  # as many reward queries
+            ours = claims.settings("DDPO jpeg")
+            assert config.epochs * config.samples_per_epoch == ours.epochs * ours.samples_per_epoch
 
 
-def test_the_tables_are_those_of_the_stored_numbers():
-    stored = json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))
-    lines = [line for table in claims.TABLES for line in table(stored["pre-trained"], stored["runs"])]
-    assert lines == stored["tables"] and stored["runs"].keys() == claims.RUNS.keys()
+def test_a_run_of_the_claims_is_measured_at_three_epochs_and_kept_on_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "FOLDER", tmp_path)
+    monkeypatch.setattr(claims, "score", lambda pipe, prompts, count, seed, epoch: {"strict": epoch / count})
+    kept = claims.run("RWR count", 3, tmp_path, epochs=5, samples_per_epoch=2, updates_per_epoch=1,
+                      update_batch=2, batch=2, steps=2)
+    assert kept["ends"] == [1, 3, 5] and kept["trained"] == {n: {"strict": n / 128} for n in kept["ends"]}
+    assert len(kept["kl"]) == 5 and (kept["queries"], kept["updates"]) == (10, 5)
+    stored = {"pre-trained": {}, "runs": {f"RWR count-{seed}": kept for seed in range(8)}}
+    claims.save(tmp_path / "claims.json", stored)
+    assert len((tmp_path / "claims.json").read_text().splitlines()) == 8 + 5
+    found = claims.finished(claims.load(tmp_path / "claims.json"))
+    assert claims.over_seeds(found, "RWR count").tolist() == [3 / 128] * 8 and list(found) == ["RWR count"]
+    jobs = [("RWR count", seed, {}) for seed in range(8)]
+    monkeypatch.setattr(claims, "run", None)  # what is kept is not made again
+    assert claims.run_all(jobs, 1, tmp_path / "claims.json") == 0
+
+
+def test_a_verdict_is_that_of_its_interval():
+    spread = [-1.0, -1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0]  # standard error 0.378, 95 % within 0.892
+    for mean, least, error, says in ((0.9, 0, 0, "holds"), (0.9, 0, 0.1, "inconclusive"),
+                                     (0.9, 1, 0, "inconclusive"), (0.05, 1, 0, "**fails**"),
+                                     (-0.9, 0, 0, "**fails**"), (-0.8, 0, 0, "inconclusive")):
+        assert claims.verdict(([], mean + torch.tensor(spread).numpy(), error), least) == says
 
 
 # ---------- what was found
+
+def test_one_step_has_most_of_the_noise_of_the_score():
+    """Given x_t, the gradient of log p with respect to eps is noise of variance (c / sigma)^2, where the mean
+    moves by c with eps: at the last step but one sigma is small, and little can still change."""
+    scheduler = ddpo.load_pipeline(claims.settings("DDPO jpeg")).scheduler
+    page = " ".join((HERE / "README.md").read_text(encoding="utf-8").split())
+    for K, sentence in (10, "{:.0%} of the noise in DDPO's"), (50, "{:.0%} on Stable Diffusion's 50"):
+        scheduler.set_timesteps(K)
+        t, zero = scheduler.timesteps, torch.zeros(K, 1, 1, 1)
+        still, sigma = ddpo.step_distribution(scheduler, zero, t, zero)
+        moved, _ = ddpo.step_distribution(scheduler, zero + 1, t, zero)
+        noise = ((moved - still) / sigma).flatten() ** 2
+        assert noise.argmax() == K - 2
+        assert sentence.format((noise.max() / noise.sum()).item()).replace("%", " %") in page
+
 
 def read_bench(size):
     return json.loads((RESULTS / f"{BENCHES[size]}.json").read_text(encoding="utf-8"))
 
 
+def read_claims():
+    return claims.load(claims.RECORDED)
+
+
 def test_what_the_experiments_found_is_so_in_every_seed():
-    found = json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))
-    start, count = found["pre-trained"]["all"]["trained"], found["pre-trained"]["count"]["trained"]
-    seeds = {name: [scores["trained"] for scores in found["runs"][f"DDPO {name}"]]
-             for name in ("jpeg", "incompressibility", "jpeg kl_weight", "count")}
-    empty = rewards.incompressibility([Image.new("RGB", (64, 64), (240, 240, 240))], [""]).item()
-    assert all(len(scores) >= 5 for scores in seeds.values())
-    for scores in seeds["jpeg"]:
-        assert start["size"] - scores["size"] >= (start["size"] - empty) / 3
-        assert scores["strict"] <= start["strict"] / 2
-    for scores in seeds["jpeg kl_weight"]:
-        assert start["size"] - scores["size"] > 0.1 and scores["strict"] >= start["strict"] - 0.1
-    assert all(scores["size"] - start["size"] >= 0.1 for scores in seeds["incompressibility"])
-    assert all(scores["strict"] - count["strict"] >= 0.2 for scores in seeds["count"])
+    stored = read_claims()
+    start, found = stored["pre-trained"]["all"]["trained"]["size"], claims.finished(stored)
+    smaller = start - claims.over_seeds(found, "DDPO jpeg", "size")
+    assert len(smaller) >= 8 and min(smaller) > 0.25
     for size, most in {"shapes": 1.15, "medium": 1.05, "sd": 1.05}.items():
         ratios = {what: ratio for what, _, ratio, _ in read_bench(size)["rows"]}
         assert ratios["an epoch, DDPO_IS"] <= most and ratios["sampling and updates, single_pass.py"] <= 0.75
 
 
-def test_the_readme_has_the_numbers_that_the_experiments_printed():
-    files = HERE.parent / "README.md", HERE / "README.md"
-    pages = "".join(file.read_text(encoding="utf-8") for file in files)
-    tables = json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))["tables"]
-    rows = [row for lines in tables for row in lines.splitlines() if row.startswith("|")]
-    assert rows and [row for row in rows if row not in pages] == []
+def test_the_pages_have_the_numbers_that_the_experiments_printed():
+    readme, page = ((folder / "README.md").read_text(encoding="utf-8") for folder in (HERE.parent, HERE))
+    stored = read_claims()
+    tables = "\n".join(claims.all_tables(stored))
+    assert f"<!-- begin of claims.py -->\n{tables}\n<!-- end of claims.py -->" in page
+    assert len(claims.RECORDED.read_text(encoding="utf-8").splitlines()) <= 400
+    table = claims.claim_table(stored["pre-trained"], claims.finished(stored))
+    rows = [claims.row(*line.strip("| ").split(" | ")[-4:-1]) for line in table]
+    claimed = readme.partition("## What holds")[2].partition("\n## ")[0]
+    shown = [line for line in claimed.splitlines() if line.startswith("| ")][1:]
+    assert shown and [line for line in shown if line not in rows] == []
     benches = [read_bench(size) for size in BENCHES]
     values = [{what: ratio for what, _, ratio, _ in b["rows"]} | b["peak_memory_gb"] for b in benches]
     costs = {what: to for what, _, _, to in benches[0]["rows"] if any(v.get(what, 1) != 1 for v in values)}
     costs |= {who: "GB" for who in benches[0]["peak_memory_gb"]}
     for what, to in costs.items():
         cells = " | ".join(f"{v[what]:.2f}" if what in v else "" for v in values)
-        assert f"| {'peak memory, ' * (to == 'GB')}{what} | {to} | {cells} |" in pages
+        assert f"| {'peak memory, ' * (to == 'GB')}{what} | {to} | {cells} |" in readme + page
     shapes, medium, sd = (f"{v['sampling and updates, single_pass.py']:.2f}" for v in values)
     sentence = (f"take {shapes} of the CPU time of two passes on `shapes/`, {medium} with a random UNet of "
                 f"22 million parameters and {sd}")
-    assert sentence in " ".join(pages.split())
+    assert sentence in " ".join((readme + page).split())
 
 
 def test_what_the_readmes_show_and_link_to_is_there():

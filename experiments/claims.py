@@ -8,8 +8,8 @@
 
 A run is a script with the arguments of RUNS, in runs/claims/<name>-<seed>/. results/claims.json has a line
 for each that is finished, and is also the cache: what stands there with the same settings is not repeated,
-so this may be stopped and begun again (after a change of shapes/ or of the scripts delete its lines). The
-tables go to experiments/README.md.
+so this may be stopped by Ctrl-C and begun again (after a change of shapes/ or of the scripts delete its
+lines). The tables go to experiments/README.md.
 
 A model is measured on images of seeds that no training saw, new ones for every run and epoch, so that their
 error is part of the spread over seeds: at the last epoch and two and four before, of which the mean counts,
@@ -91,9 +91,7 @@ def arguments(name):
 
 
 def command(name):
-    script = RUNS[name][0]
-    folder = "" if script in (ddpo, dpok) else "experiments/"
-    return f"python {folder}{script.__name__}.py {arguments(name)}".strip()
+    return f"python {Path(RUNS[name][0].__file__).relative_to(HERE.parent)} {arguments(name)}"
 
 
 def settings(name, **more):
@@ -209,9 +207,12 @@ def run_all(jobs, at_once, file):
 
 def finished(stored, least=8):
     """-> {run: [what is kept of each seed]}, of those that are finished with enough seeds."""
-    found = {name: [kept for key, kept in sorted(stored["runs"].items()) if key.rpartition("-")[0] == name]
-             for name in RUNS}
-    return {name: runs for name, runs in found.items() if len(runs) >= least}
+    made = {name: (fingerprint(name), []) for name in RUNS}
+    for key, kept in sorted(stored["runs"].items()):
+        name = key.rpartition("-")[0]
+        if name in made and made[name][0] == kept["settings"]:
+            made[name][1].append(kept)
+    return {name: runs for name, (_, runs) in made.items() if len(runs) >= least}
 
 
 def over_seeds(found, name, what="strict", where="trained", epoch=None):

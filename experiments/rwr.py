@@ -11,9 +11,9 @@ each by its reward, and trains the model on them; rounds follow each other as DD
 What differs from the paper, and why:
 1. The loss is that of the noise, E || eps - eps_theta(x_t, t, c) ||^2 at any of the T = 1000 noise levels, as
    in the authors' code; Eq. 1 has the same difference in the means, with another weight for each level.
-2. Weights have mean 1 over the images that are trained on, as in the code, so that Z does not scale the step.
-3. beta multiplies the reward as it is, so what it does depends on the reward's unit: the spread of the JPEG
-   sizes of one prompt is tens of kB for Stable Diffusion's images, a third of one for those of shapes/.
+2. Weights have mean 1 over the images of a prompt that are trained on, as in the code, and not sum 1.
+3. beta multiplies the reward as it is, so what it does depends on the reward's unit and spread: on shapes/
+   the JPEG sizes of one prompt differ by tenths of a kB, and beta is 10.
 As in E.1, eps_theta is the guided noise; a model trained without guidance collapses after the first round.
 """
 import dataclasses
@@ -50,15 +50,15 @@ class Config(ddpo.Config):
 
 
 def weights(prompt, reward, config):
-    """w_RWR = exp(beta r) / Z or w_sparse = 1[r >= C] (4.2), Z and the percentile C those of one prompt's
-    images (D.3), then scaled to mean 1 over the images kept; prompt (N,) numbers, reward (N,) -> (N,)."""
+    """w_RWR = exp(beta r) / Z or w_sparse = 1[r >= C] (4.2), where Z, which makes their mean 1, and the
+    percentile C are those of one prompt's images (D.3); prompt (N,) numbers, reward (N,) -> (N,)."""
     reward, weight = reward.double(), torch.empty(len(reward), dtype=torch.double)
     for own in (prompt == number for number in prompt.unique()):
         if config.algo == "rwr":
             weight[own] = (config.inverse_temperature * reward[own]).softmax(0) * own.sum()
         else:
             weight[own] = (reward[own] >= reward[own].quantile(config.percentile)).double()
-    return (weight / weight[weight > 0].mean()).float()
+    return weight.float()
 
 
 def weighted_loss(eps_pred, eps, weight):

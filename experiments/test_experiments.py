@@ -84,18 +84,14 @@ def disturb(lora):
     return lora
 
 
-# ---------- one pass
-
-@pytest.mark.parametrize("guidance, checkpointing", [(5.0, False), (1.0, False), (5.0, True)])
-def test_one_pass_gives_the_optimiser_the_gradient_of_two(guidance, checkpointing, config, monkeypatch):
-    """Of seven samples in batches of four: collected while sampling, and by the loss at all pairs (i, k)."""
-    monkeypatch.setattr(ddpo.Config, "divisors", {})
-    config = dataclasses.replace(config, samples_per_epoch=7, steps=5, epochs=1, advantage_clip=1.0,
-                                 guidance=guidance, gradient_checkpointing=checkpointing, min_count=32)
+@pytest.fixture
+def taken(monkeypatch):
+    """Of a run made with it: the pipe, LoRA as training might leave it, its gradients at an update that is
+    not made, and the rollout."""
     add_lora, taken = ddpo.add_lora, {}
 
     def optimizer_step(lora, *others):
-        taken.update(lora=lora, gradients=[parameter.grad for parameter in lora])
+        taken.update(lora=lora, gradients=[parameter.grad.clone() for parameter in lora])
         return 0.0
 
     def kl_to_pretrained(pipe, rollout, *others):
@@ -105,6 +101,17 @@ def test_one_pass_gives_the_optimiser_the_gradient_of_two(guidance, checkpointin
     monkeypatch.setattr(ddpo, "add_lora", lambda *args: disturb(add_lora(*args)))
     monkeypatch.setattr(ddpo, "optimizer_step", optimizer_step)
     monkeypatch.setattr(ddpo, "kl_to_pretrained", kl_to_pretrained)
+    return taken
+
+
+# ---------- one pass
+
+@pytest.mark.parametrize("guidance, checkpointing", [(5.0, False), (1.0, False), (5.0, True)])
+def test_one_pass_has_the_gradient_of_two(guidance, checkpointing, config, taken, monkeypatch):
+    """Of seven samples in batches of four: collected while sampling, and by the loss at all pairs (i, k)."""
+    monkeypatch.setattr(ddpo.Config, "divisors", {})
+    config = dataclasses.replace(config, samples_per_epoch=7, steps=5, epochs=1, advantage_clip=1.0,
+                                 guidance=guidance, gradient_checkpointing=checkpointing, min_count=32)
     single_pass.train(config)
     pipe, lora, one = taken["pipe"], taken["lora"], taken["rollout"]
     shared = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
@@ -223,23 +230,10 @@ def test_the_sparse_weights_keep_the_best_tenth_of_each_prompt(regression):
 
 
 @pytest.mark.parametrize("algo", ["rwr", "sparse"])
-def test_an_update_of_rwr_is_that_of_its_definition(algo, regression, monkeypatch):
+def test_an_update_of_rwr_is_that_of_its_definition(algo, regression, taken):
     """The gradient of the mean over 8 of the round's images of w || eps - eps_theta(x_t, t, c) ||^2, with
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps and the guided eps_theta, at other weights than p_pre's."""
     config = dataclasses.replace(regression, algo=algo, epochs=1, updates_per_epoch=1)
-    add_lora, taken = ddpo.add_lora, {}
-
-    def optimizer_step(lora, *others):
-        taken.update(lora=lora, gradients=[parameter.grad.clone() for parameter in lora])
-        return 0.0
-
-    def kl_to_pretrained(pipe, rollout, *others):
-        taken.update(pipe=pipe, rollout=rollout)
-        return 0.0
-
-    monkeypatch.setattr(ddpo, "add_lora", lambda *args: disturb(add_lora(*args)))
-    monkeypatch.setattr(ddpo, "optimizer_step", optimizer_step)
-    monkeypatch.setattr(ddpo, "kl_to_pretrained", kl_to_pretrained)
     rwr.train(config)
     pipe, rollout = taken["pipe"], taken["rollout"]
     rng = ddpo.generator(config.seed, 1, 16)

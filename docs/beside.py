@@ -77,7 +77,8 @@ def show_tests(lines):
         file, line = files[0]
         title = name.removeprefix("test_").replace("_", " ")
         items.append(f'<li><a href="../{file}" title="{name}, line {line}">{title}</a>: {catches}</li>')
-    return f'<div class="proof"><h3>Proved by</h3><ul>{"".join(items)}</ul></div>' if items else ""
+    heading = "<h3>Tested by, and what the test would catch</h3>"
+    return f'<div class="proof">{heading}<ul>{"".join(items)}</ul></div>' if items else ""
 
 
 def render(text):

@@ -4,7 +4,6 @@
     python experiments/claims.py --only location --count 16                # more seeds of those named so
     python experiments/claims.py --only "RL count" --seeds 200 201         # other seeds beside the recorded
     python experiments/claims.py --quick        # three short runs, ten minutes: trends, no verdicts
-    python experiments/figures.py               # the figures, once nothing is missing
 
 A run is a script with the arguments of RUNS, in runs/claims/<name>-<seed>/. results/claims.json has a line
 for each that is finished, and is also the cache: what stands there with the same settings is not repeated,
@@ -12,10 +11,11 @@ so this may be stopped by Ctrl-C and begun again (after a change of shapes/ or o
 lines). The tables go to experiments/README.md.
 
 A model is measured on images of seeds that no training saw, new ones for every run and epoch, so that their
-error is part of the spread over seeds: at the last epoch and two and four before, of which the mean counts,
-and at those of STAGES. `alignment` and `size` (of the JPEG, kB) are what runs are rewarded with. `strict`,
-with which none is, is the share of images that are just what their caption says; `diversity` is how far the
-images of one caption differ: the standard deviation of a pixel (0 to 1) between them, root mean square.
+error is part of the spread over seeds: at the last epoch and two and four before, of which the mean counts
+(of RWR, whose rounds are four epochs long, after the last alone), and at those of STAGES. `alignment` and
+`size` (of the JPEG, kB) are what runs are rewarded with. `strict`, with which none is, is the share of images
+that are just what their caption says; `diversity` is the standard deviation of a pixel (0 to 1) between the
+images of one caption, root mean square.
 """
 import argparse
 import contextlib
@@ -71,7 +71,7 @@ RUNS |= {f"{method} {name}": (rwr, kind, f"{reward} --epochs {epochs // 4}{algo}
 RUNS |= {f"SF {name}": (single_pass, kind, f"{reward} --epochs {epochs}")
          for name, (kind, reward, epochs) in REWARDS.items()}
 RUNS |= {"DDPO jpeg kl_weight": (ddpo, "all", "--reward jpeg --kl_weight 0.3"),
-         "DDPO jpeg max_kl": (ddpo, "all", "--reward jpeg --max_kl 0.04")}
+         "DDPO jpeg max_kl": (ddpo, "all", "--reward jpeg --max_kl 0.08")}
 RUNS |= {f"RL {kind}": (dpok, kind, EPOCHS[kind]) for kind in KINDS}
 RUNS |= {f"DDPO {kind}": (ddpo, kind, f"{ALIGNMENT} {EPOCHS[kind]}") for kind in UNSEEN}
 RUNS |= {f"KL-O {kind}": (dpok, kind, f"{EPOCHS[kind]} {SFT}") for kind in UNSEEN}
@@ -88,10 +88,6 @@ STUDENT = {8: 2.36, 12: 2.2, 16: 2.13}  # standard errors from a mean to the end
 def arguments(name):
     _, kind, flags = RUNS[name]
     return f"--prompts {shlex.quote(KINDS[kind])} {flags}".strip() if kind in KINDS else flags
-
-
-def command(name):
-    return f"python {Path(RUNS[name][0].__file__).relative_to(HERE.parent)} {arguments(name)}"
 
 
 def settings(name, **more):
@@ -148,12 +144,13 @@ def run(name, seed, folder=FOLDER, **more):
         with open(folder / "log.csv", newline="") as file:
             log = {column: [float(value) for value in values] for column, *values in zip(*csv.reader(file))}
         last, pipe = len(log["epoch"]), dpok.load_pipeline(settings("RL count"))
-        ends = [epoch for epoch in (last - 4, last - 2, last) if epoch > 0]
+        ends = [last] if script is rwr else [epoch for epoch in (last - 4, last - 2, last) if epoch > 0]
         for epoch in (*STAGES.get(name, ()), *ends):
             pipe.load_lora_weights(folder / f"lora-{epoch}")  # as stock diffusers loads it
             for where, prompts in prompt_sets(kind).items():
                 if prompts and where in wanted:
-                    scores = score(pipe, prompts, 128 if where == "trained" else 64, seed, epoch)
+                    count = 384 if script is rwr else 128 if where == "trained" else 64
+                    scores = score(pipe, prompts, count, seed, epoch)
                     measured.setdefault(where, {})[epoch] = scores
             pipe.unload_lora_weights()
     return {"settings": fingerprint(name), "minutes": round(sum(log["seconds"]) / 60, 2), "ends": ends,
@@ -378,9 +375,10 @@ def run_table(before, found):
     yield header("run", "command, with `--device cpu --precision fp32` and `--seed`", "queries", "updates",
                  "minutes of one core")
     for name, runs in found.items():
-        yield row(name, f"`{command(name)}`", *(str(max(run[what] for run in runs))
-                                                for what in ("queries", "updates")),
-                  f"{np.median([run['minutes'] for run in runs]):.1f}")
+        file = Path(RUNS[name][0].__file__).relative_to(HERE.parent)
+        cost = (str(max(run[what] for run in runs)) for what in ("queries", "updates"))
+        minutes = np.median([run["minutes"] for run in runs])
+        yield row(name, f"`python {file} {arguments(name)}`", *cost, f"{minutes:.1f}")
     minutes = [run["minutes"] for runs in found.values() for run in runs]
     yield row(f"all {len(minutes)}", "", "", "", f"{sum(minutes):.0f}")
 

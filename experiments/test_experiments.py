@@ -315,16 +315,15 @@ def test_every_run_of_the_claims_is_a_command_of_its_script():
 def test_a_run_of_the_claims_is_measured_at_three_epochs_and_kept_on_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "FOLDER", tmp_path)
     monkeypatch.setattr(claims, "score", lambda pipe, prompts, count, seed, epoch: {"strict": epoch / count})
-    kept = claims.run("RWR count", 3, tmp_path, epochs=5, samples_per_epoch=2, updates_per_epoch=1,
-                      update_batch=2, batch=2, steps=2)
+    kept = claims.run("SF count", 3, tmp_path, epochs=5, samples_per_epoch=2, batch=2, steps=2)
     assert kept["ends"] == [1, 3, 5] and kept["trained"] == {n: {"strict": n / 128} for n in kept["ends"]}
     assert len(kept["kl"]) == 5 and (kept["queries"], kept["updates"]) == (10, 5)
-    stored = {"pre-trained": {}, "runs": {f"RWR count-{seed}": kept for seed in range(8)}}
+    stored = {"pre-trained": {}, "runs": {f"SF count-{seed}": kept for seed in range(8)}}
     claims.save(tmp_path / "claims.json", stored)
     assert len((tmp_path / "claims.json").read_text().splitlines()) == 8 + 5
     found = claims.finished(claims.load(tmp_path / "claims.json"))
-    assert claims.over_seeds(found, "RWR count").tolist() == [3 / 128] * 8 and list(found) == ["RWR count"]
-    jobs = [("RWR count", seed, {}) for seed in range(8)]
+    assert claims.over_seeds(found, "SF count").tolist() == [3 / 128] * 8 and list(found) == ["SF count"]
+    jobs = [("SF count", seed, {}) for seed in range(8)]
     monkeypatch.setattr(claims, "run", None)  # what is kept is not made again
     assert claims.run_all(jobs, 1, tmp_path / "claims.json") == 0
 

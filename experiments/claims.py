@@ -188,7 +188,7 @@ def run_all(jobs, at_once, file):
     many failed."""
     stored, failed = load(file), 0
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(at_once, max_tasks_per_child=4, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(run, name, seed, **more): f"{name}-{seed}" for name, seed, more in jobs
                    if stored["runs"].get(f"{name}-{seed}", {}).get("settings") != fingerprint(name)}
         for job in as_completed(waiting):

@@ -1,9 +1,9 @@
 """One pass is two, RWR is its definition, the experiments measure what they say, and the pages have their
 numbers.
 
-    python -m pytest -q experiments/test_experiments.py   # with experiments/requirements.txt; within a minute
+    python -m pytest -q experiments/test_experiments.py   # with experiments/requirements.txt; two minutes
 
-What the README says of learning is measured by claims.py, with five seeds and more; a test holds the README
+What the README says of learning is measured by claims.py, with eight seeds and more; a test holds the README
 to the stored numbers.
 """
 import csv

@@ -55,7 +55,7 @@ def setting(default, help):
 
 @dataclasses.dataclass
 class Config:
-    """Defaults are those the authors published for LoRA (ddpo-pytorch, config/dgx.py)."""
+    """Defaults: the authors' for LoRA (ddpo-pytorch, config/dgx.py), but for JPEG's prompts and buffer."""
     model: str = setting("CompVis/stable-diffusion-v1-4", "hub id or folder of Stable Diffusion 1.x")
     reward: str = setting("jpeg", "jpeg, incompressibility, aesthetic, imagereward, llava, file.py:function")
     reward_options: list[str] = dataclasses.field(default_factory=list, metadata={"help": "KEY=VALUE ..."})
@@ -76,7 +76,7 @@ class Config:
     buffer_size: int = setting(32, "rewards remembered for each prompt; code: 16 for JPEG, 32 for the rest")
     min_count: int = setting(16, "rewards for a prompt's own statistics; code: 16")
     kl_weight: float = setting(0.0, "of the KL to the pre-trained model; paper: none")
-    max_kl: float = setting(0.0, "stop once that KL is larger, 0: never; paper: stopped by hand")
+    max_kl: float = setting(0.0, "stop once its mean of 5 epochs is larger, 0: never; paper: by hand")
     rank: int = setting(4, "of LoRA; code: 4")
     seed: int = setting(0, "of everything random")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda, mps or cpu")
@@ -237,8 +237,7 @@ def importance_sampling_loss(log_prob, log_prob_old, advantage, clip_range):
 # ---------- the algorithm: section 4.3, with the iteration of D.5
 
 def train(config):
-    """Sample, score, update, to the last epoch or the bound on the KL -> the run's folder. Raises ValueError;
-    what was saved by then stays."""
+    """Sample, score, update, to the last epoch or the bound on the KL -> run's folder. Raises ValueError."""
     pipe, all_prompts, reward_fn = prepare(config)
     lora = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))
     optimizer = torch.optim.AdamW(lora, config.lr, weight_decay=config.weight_decay)
@@ -399,11 +398,12 @@ PROMPTS = {"animals": ANIMALS,
 
 def load_prompts(name):
     """The texts of --prompts: a known set, a text file (one a line), or one prompt of several words."""
-    file, phrase = rewards.find(name), [name] * (" " in name and not name.endswith(".txt"))
-    lines = PROMPTS.get(name) or (file.read_text(encoding="utf-8-sig").splitlines() if file else phrase)
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompts {name!r} is not one of {', '.join(PROMPTS)}, a text file or a phrase")
+    file, phrase = rewards.find(name), [name] * (" " in name and "/" not in name and name[-4:] != ".txt")
+    with rewards.one_line(f"prompts {name!r} are no use", f"give {', '.join(PROMPTS)}, a file or a phrase"):
+        lines = PROMPTS.get(name) or (file.read_text(encoding="utf-8-sig").splitlines() if file else phrase)
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError("there are none")
     return prompts
 
 
@@ -446,8 +446,7 @@ def prepare(config):
             raise ValueError(f"{name} {a} x {WORLD} processes must divide {whole} {b}; try {b + more}")
     with rewards.one_line(f"reward_options {config.reward_options} lack a =", "give KEY=VALUE ..."):
         options = dict(option.split("=", 1) for option in config.reward_options)
-    out = Path(config.out)
-    if not config.resume and out.exists() and (out.is_file() or any(out.iterdir())):
+    if not config.resume and (Path(config.out).is_file() or any(Path(config.out).glob("*"))):
         raise ValueError(f"out {config.out!r} is not an empty folder; name a new one")
     prompts = load_prompts(config.prompts)
     with rewards.one_line(f"device {config.device!r} is unavailable", "try cpu, or fewer processes"):
@@ -491,8 +490,8 @@ def start_run(pipe, prompts, reward_fn, config, parts):
 
 
 def finished(log, config):
-    """Whether the last epoch or the bound on the KL is reached."""
-    return len(log) >= config.epochs or log and 0 < config.max_kl < log[-1]["kl"]
+    """Whether the last epoch or, by its mean over five epochs, the bound on the KL is reached."""
+    return len(log) >= config.epochs or 0 < config.max_kl < sum(row["kl"] for row in log[-5:]) / 5
 
 
 def summary(infos, norms, started):
@@ -564,12 +563,12 @@ def parse(argv=None):
     """Flags, over the settings of --config or of the resumed run, over the defaults -> Config. With neither a
     CUDA GPU nor a model named, defaults are those of shapes/. Raises ValueError."""
     parser = HfArgumentParser(Config, prog=f"{SCRIPT}.py", allow_abbrev=False)
-    parser.add_argument("--config", default="", help="JSON file of settings to start from, such as a run's")
+    parser.add_argument("--config", default="", help="JSON file of settings, such as a run's")
     argv = sys.argv[1:] if argv is None else list(argv)
     flags, named = parser.parse_args(argv), {flag.partition("=")[0] for flag in argv if flag[:2] == "--"}
     if flags.resume and named - {"--resume", "--epochs", "--device"}:
         raise ValueError(f"resume {flags.resume!r}: only --epochs and --device can be changed")
-    argv = read_flags(f"{flags.resume}/config.json" if flags.resume else flags.config) + argv
+    argv = read_flags(f"{Path(flags.resume).resolve()}/config.json" if flags.resume else flags.config) + argv
     if not any(flag.startswith("--model") for flag in argv) and parser.parse_args(argv).device[:4] != "cuda":
         print(f"no CUDA GPU in use: training shapes/ with shapes/{SCRIPT}.json; --model names another")
         argv = read_flags(f"shapes/{SCRIPT}.json") + argv
@@ -578,7 +577,7 @@ def parse(argv=None):
 
 def read_flags(file):
     """The settings in a JSON file, as flags."""
-    with rewards.one_line(f"config {file!r} cannot be used", "give a run's config.json, or one like it"):
+    with rewards.one_line(f"config {file!r} cannot be used", "give a run's config.json"):
         settings = json.loads((rewards.find(file) or Path(file)).read_text()) if file else {}
         return [flag for name, value in settings.items() if value != []
                 for flag in ([f"--{name}", *value] if type(value) is list else [f"--{name}={value}"])]

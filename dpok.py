@@ -5,16 +5,16 @@ arXiv:2305.16381v3). The MDP is DDPO's (Eq. 4), with z for the prompt c.
 value function of A.5 and the clipped ratio of A.6. `--algo sft` is Algorithm 2, supervised, at equal reward
 queries. `diff ddpo.py dpok.py` shows what DPOK changes.
 
-    python dpok.py         # Stable Diffusion v1.5 on a CUDA GPU, elsewhere the model in shapes/
+    python dpok.py         # Stable Diffusion v1.5 on a CUDA GPU, elsewhere shapes/
     python dpok.py --help  # every setting, with the published value
 
-What differs from the paper or the released code, and why:
+What differs from the paper or its code, and why:
 1. (9) leaves out the second sum of Eq. 16, in which later KLs act as rewards of earlier steps.
-2. The KL is Lemma 4.2's, as a mean over the latent, like log p (see `log_prob`). The released code has the
-   squared difference of the noises, which the KL weights by 0.07 to 5.4 along the 50 steps.
+2. The KL is Lemma 4.2's, as a mean over the latent, like log p (see `log_prob`). The code has the squared
+   difference of the noises, which the KL weights by 0.07 to 5.4 along 50 steps.
 3. Eq. 25, printed as an equality, holds only at theta = theta_old, with one ratio a step; so does (9), whose
    KL is at states of theta_old. Eq. 26 has the bounds of its clip the other way round.
-4. An update is the mean over n random pairs (i, k) of its epoch, not (9)'s sum (code: of two).
+4. An update is the mean over n random pairs (i, k) of its epoch (code: of two epochs), not (9)'s sum.
 5. V is fitted after the policy, so that it has not seen the rewards it is subtracted from (code: before). It
    lags, which can give all r - V one sign: r - V is centred.
 6. Algorithm 2 was not released. Here t is any step of the sampler but the last, sigma the sampler's, f the
@@ -85,7 +85,7 @@ class Config:
     max_grad_norm: float = setting(0.1, "to which the gradient norm is clipped; paper: 0.1")
     clip_range: float = setting(1e-4, "of the ratio, see log_prob; paper: 1e-4")
     advantage_clip: float = setting(0.0, "to +- this, 0: never; paper: none")
-    max_kl: float = setting(0.0, "stop once the KL is larger, 0: never; paper: none")
+    max_kl: float = setting(0.0, "stop once its mean of 5 epochs is larger, 0: never; paper: none")
     evaluation_images: int = setting(50, "of each prompt and model; paper: 50")
     rank: int = setting(4, "of LoRA; code: 4")
     seed: int = setting(0, "of everything random")
@@ -199,8 +199,7 @@ def sample(pipe, prompts, config, generators):
 
 
 class ValueNetwork(nn.Module):
-    """V(x_t, z, k), the reward expected at x_t (Eq. 23): three layers of 256 units, gated by step, as in the
-    released code."""
+    """V(x_t, z, k), the reward expected at x_t (Eq. 23): the code's three layers of 256, gated by step."""
 
     def __init__(self, latent_shape, text_dim, steps, width=256):
         super().__init__()
@@ -258,8 +257,7 @@ def supervised_loss(x0_pred, x0, reward, sigma, gamma, x0_pre=None):
 # ---------- Algorithm 1: reinforcement learning with KL
 
 def train(config):
-    """Algorithm 1, to the last epoch or the bound on the KL -> the run's folder. Raises ValueError; what was
-    saved stays."""
+    """Algorithm 1, to the last epoch or the bound on the KL -> run's folder. Raises ValueError."""
     pipe, all_prompts, reward_fn = prepare(config)
     lora = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))  # p_theta = p_pre
     optimizer = torch.optim.AdamW(lora, config.lr, weight_decay=config.weight_decay)
@@ -282,8 +280,8 @@ def train(config):
         reward = gather(reward_fn(rollout.images, rollout.prompts)).to(pipe.device)  # r(x_0, z), (N,)
         latents, log_probs, cond = gather(rollout.latents), gather(rollout.log_probs), gather(rollout.cond)
         advantage = reward[:, None].expand(N, K)
+        states = value_states(pipe, prompts, latents)
         if config.value:
-            states = value_states(pipe, prompts, latents)
             advantage = advantage - value(*states).detach().view(N, K)  # r - V(x_t, z, k) (A.5)
             fit["value_error"] = advantage.square().mean().item()
             advantage = advantage - advantage.mean()
@@ -312,7 +310,7 @@ def train(config):
         log.append({"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(),
                     "reward_std": reward.std(correction=0).item(), **summary(infos, norms, started), **fit,
                     "kl": kl_to_pretrained(pipe, rollout, config, rng)})
-        del rollout, latents  # makes room for the next
+        del rollout, latents, states  # makes room for the next
         if RANK == 0:
             if finished(log, config) or epoch % config.sample_every == 0:
                 draw_samples(pipe, all_prompts, reward_fn, config, folder, epoch)
@@ -342,7 +340,7 @@ def value_states(pipe, prompts, latents):
 # ---------- Algorithm 2: supervised learning with KL
 
 def train_supervised(config):
-    """Algorithm 2, to the last epoch or the bound on the KL -> the run's folder. Raises as `train` does."""
+    """Algorithm 2, to the last epoch or the bound on the KL -> run's folder. Raises ValueError."""
     pipe, all_prompts, reward_fn = prepare(config)
     lora = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))
     optimizer = torch.optim.AdamW(lora, config.lr, weight_decay=config.weight_decay)
@@ -392,7 +390,7 @@ def draw_data(pipe, all_prompts, reward_fn, config, folder):
     """As many images of p_pre as Algorithm 1 draws, and their rewards; each epoch's are kept in data/ for
     --resume -> x_0 (M, 4, H, W), number of the prompt (M,), reward (M,), on the CPU."""
     N, epochs = config.samples_per_epoch, []
-    for epoch in tqdm(range(1, config.epochs + 1), "images of p_pre"):
+    for epoch in tqdm(range(1, config.epochs + 1), "p_pre"):
         file = folder / "data" / f"epoch_{epoch:04d}.pt"
         if file.exists():
             epochs.append(torch.load(file, weights_only=True))
@@ -515,11 +513,12 @@ UNSEEN = {"color": ["A green colored cat"], "count": ["Four birds in the park"],
 
 def load_prompts(name):
     """The texts of --prompts: a known set, a text file (one a line), or one prompt of several words."""
-    file, phrase = rewards.find(name), [name] * (" " in name and not name.endswith(".txt"))
-    lines = PROMPTS.get(name) or (file.read_text(encoding="utf-8-sig").splitlines() if file else phrase)
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompts {name!r} is not one of {', '.join(PROMPTS)}, a text file or a phrase")
+    file, phrase = rewards.find(name), [name] * (" " in name and "/" not in name and name[-4:] != ".txt")
+    with rewards.one_line(f"prompts {name!r} are no use", f"give {', '.join(PROMPTS)}, a file or a phrase"):
+        lines = PROMPTS.get(name) or (file.read_text(encoding="utf-8-sig").splitlines() if file else phrase)
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError("there are none")
     return prompts
 
 
@@ -562,8 +561,7 @@ def prepare(config):
             raise ValueError(f"{name} {a} x {WORLD} processes must divide {whole} {b}; try {b + more}")
     with rewards.one_line(f"reward_options {config.reward_options} lack a =", "give KEY=VALUE ..."):
         options = dict(option.split("=", 1) for option in config.reward_options)
-    out = Path(config.out)
-    if not config.resume and out.exists() and (out.is_file() or any(out.iterdir())):
+    if not config.resume and (Path(config.out).is_file() or any(Path(config.out).glob("*"))):
         raise ValueError(f"out {config.out!r} is not an empty folder; name a new one")
     prompts = load_prompts(config.prompts)
     with rewards.one_line(f"device {config.device!r} is unavailable", "try cpu, or fewer processes"):
@@ -607,8 +605,8 @@ def start_run(pipe, prompts, reward_fn, config, parts):
 
 
 def finished(log, config):
-    """Whether the last epoch or the bound on the KL is reached."""
-    return len(log) >= config.epochs or log and 0 < config.max_kl < log[-1]["kl"]
+    """Whether the last epoch or, by its mean over five epochs, the bound on the KL is reached."""
+    return len(log) >= config.epochs or 0 < config.max_kl < sum(row["kl"] for row in log[-5:]) / 5
 
 
 def summary(infos, norms, started):
@@ -668,8 +666,8 @@ def draw_progress(folder):
 
 
 def evaluate(pipe, prompts, reward_fn, config, folder):
-    """As in Fig. 3: mean and standard error of the reward before and after, from the same seeds, of each
-    prompt, trained or unseen -> evaluation.json."""
+    """Fig. 3: the reward's mean and standard error before and after, from the same seeds, of each prompt,
+    trained or unseen -> evaluation.json."""
     unseen = load_prompts(config.unseen) if config.unseen else UNSEEN.get(config.prompts, [])
     n, table = config.evaluation_images, []
     for prompt in dict.fromkeys(prompts + unseen):
@@ -697,12 +695,12 @@ def parse(argv=None):
     """Flags, over the settings of --config or of the resumed run, over the defaults -> Config. With neither a
     CUDA GPU nor a model named, defaults are those of shapes/. Raises ValueError."""
     parser = HfArgumentParser(Config, prog=f"{SCRIPT}.py", allow_abbrev=False)
-    parser.add_argument("--config", default="", help="JSON file of settings to start from, such as a run's")
+    parser.add_argument("--config", default="", help="JSON file of settings, such as a run's")
     argv = sys.argv[1:] if argv is None else list(argv)
     flags, named = parser.parse_args(argv), {flag.partition("=")[0] for flag in argv if flag[:2] == "--"}
     if flags.resume and named - {"--resume", "--epochs", "--device"}:
         raise ValueError(f"resume {flags.resume!r}: only --epochs and --device can be changed")
-    argv = read_flags(f"{flags.resume}/config.json" if flags.resume else flags.config) + argv
+    argv = read_flags(f"{Path(flags.resume).resolve()}/config.json" if flags.resume else flags.config) + argv
     if not any(flag.startswith("--model") for flag in argv) and parser.parse_args(argv).device[:4] != "cuda":
         print(f"no CUDA GPU in use: training shapes/ with shapes/{SCRIPT}.json; --model names another")
         argv = read_flags(f"shapes/{SCRIPT}.json") + argv
@@ -711,7 +709,7 @@ def parse(argv=None):
 
 def read_flags(file):
     """The settings in a JSON file, as flags."""
-    with rewards.one_line(f"config {file!r} cannot be used", "give a run's config.json, or one like it"):
+    with rewards.one_line(f"config {file!r} cannot be used", "give a run's config.json"):
         settings = json.loads((rewards.find(file) or Path(file)).read_text()) if file else {}
         return [flag for name, value in settings.items() if value != []
                 for flag in ([f"--{name}", *value] if type(value) is list else [f"--{name}={value}"])]

@@ -30,7 +30,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -693,7 +693,7 @@ def test_settings_are_flags_over_a_file_over_those_of_shapes_and_prompt_sets_are
     (ddpo, "--algo ppo", "'ppo'"), (dpok, "--steps x", "'x'"), (ddpo, "--learning_rate 1", "--learning_rate"),
     (ddpo, "--prompts plants", "'plants'"), (dpok, "--prompts EMPTY", "empty.txt"),
     (ddpo, "--reward beauty", "'beauty'"), (ddpo, "--reward_options quality", "KEY=VALUE"),
-    (dpok, "--device abacus", "'abacus'"),
+    (dpok, "--device abacus", "'abacus'"), (ddpo, "--prompts shapes", "'shapes'"),
     (ddpo, "--config WRONG", "rank"), (ddpo, "--config EMPTY", "empty.txt"), (ddpo, "--out FULL", "full"),
     (ddpo, "--out EMPTY/run", "empty.txt"), (dpok, "--model CUT", "cut"), (ddpo, "--model MISFIT", "misfit"),
     (dpok, "--resume nowhere", "nowhere"), (ddpo, "--resume FULL --lr 1", "full")])
@@ -747,6 +747,7 @@ def test_a_run_stops_once_the_kl_passes_its_bound_and_a_penalty_on_it_holds_it_b
     run, kl = ddpo.train(dataclasses.replace(config, epochs=5, max_kl=1e-9)), {}
     assert len(read_log(run)) == 1 and (run / "comparison.png").exists()
     assert ddpo.main(["--resume", str(run), "--epochs", "9"]) == 0 and len(read_log(run)) == 1
+    assert not ddpo.finished([{"kl": 1.0}], dataclasses.replace(config, max_kl=0.5))  # one is noisy
     for weight in (0.0, 100.0):
         c = dataclasses.replace(config, epochs=4, kl_weight=weight, out=str(tmp_path / str(weight)))
         kl[weight] = float(read_log(ddpo.train(c))[-1]["kl"])

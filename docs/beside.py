@@ -29,13 +29,12 @@ TESTS = "test_ddpo.py", "experiments/test_experiments.py", "experiments/test_gpu
 
 
 def definitions(file):
-    """{name: (first line, last line)} of the functions, classes and methods of a file."""
+    """{name: (first line, last line)} of the functions and classes of a file."""
     found = {}
     for node in ast.parse((HERE.parent / file).read_text(encoding="utf-8")).body:
-        for part in (node, *getattr(node, "body", ())):
-            if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
-                name = part.name if part is node else f"{node.name}.{part.name}"
-                found[name] = min([part.lineno, *(d.lineno for d in part.decorator_list)]), part.end_lineno
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            found[node.name] = first, node.end_lineno
     return found
 
 

@@ -1,6 +1,5 @@
 """What an epoch of ddpo.py costs, as ratios of measurements taken side by side in one run: against the calls
-of UNet and VAE that it cannot do without, in one pass against two, with more samples, more steps or fewer
-samples a call, and against TRL's trainer.
+of UNet and VAE that it cannot do without, in one pass against two, and against TRL's trainer.
 
     python experiments/bench.py --size shapes   # the model in shapes/, its settings
     python experiments/bench.py --size medium   # 22 million parameters, latents of 32 x 32
@@ -227,7 +226,7 @@ def compare(other, what, costs, to):
 
 
 def bench(config, options):
-    """An epoch and its parts, one pass against two, and growth if asked -> rows."""
+    """An epoch and its parts, and one pass against two -> rows."""
     warm = int(options.size != "sd" or config.device != "cpu")  # an epoch of minutes needs no warming up
     found = measure(ddpo.train, config, options.epochs, warm, bare=True)
     epoch, ratio = median(found, "epoch"), statistics.median(cost["epoch"] / cost["bare"] for cost in found)
@@ -237,18 +236,11 @@ def bench(config, options):
             ("the bare calls of UNet and VAE", median(found, "bare"), 1.0, "the bare calls")]
 
     sf = dataclasses.replace(config, algo="sf", updates_per_epoch=1)
-    turns = [[measure(script.train, sf, 1, warm * (config.compile or turn == 0))[0]
-              for script in (ddpo, single_pass)] for turn in range(options.epochs)]
+    turns = [[measure(script.train, sf, 1, warm * (turn == 0))[0] for script in (ddpo, single_pass)]
+             for turn in range(options.epochs)]
     for what, parts in {"an epoch": ["epoch"], "sampling and updates": ["sampling", "updates"]}.items():
         costs = [[sum(cost[part] for part in parts) for cost in turn] for turn in turns]
         rows += compare(f"{what}, DDPO_SF", f"{what}, single_pass.py", costs, "DDPO_SF in two passes")
-
-    for name in ("samples_per_epoch", "steps", "batch") if options.growth else ():
-        before = getattr(config, name)
-        after = max(before // 2, 1) if name == "batch" else 2 * before
-        pair = [dataclasses.replace(config, **{name: n}) for n in (before, after)]
-        costs = [[measure(ddpo.train, c, 1, warm)[0]["epoch"] for c in pair] for _ in range(options.epochs)]
-        rows += compare(f"an epoch, {name} {before}", f"an epoch, {name} {after}", costs, f"{name} {before}")
     return rows
 
 
@@ -274,8 +266,6 @@ def main():
     parser.add_argument("--size", choices=SETTINGS, default="shapes")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--growth", action="store_true", help="also more samples, more steps, half a batch")
     parser.add_argument("--epochs", type=int, default=5, help="over which a median is taken")
     parser.add_argument("--peer", metavar="PYTHON", help="of the environment that has TRL")
     parser.add_argument("--memory", action="store_true")
@@ -286,13 +276,13 @@ def main():
     if options.memory:
         return memory.report(UNETS["sd"], VAES["sd"], RESULTS / "memory.json")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if options.peer and (options.device, options.precision, options.compile) != ("cpu", "fp32", False):
-        parser.error("peer is measured with --device cpu --precision fp32 and without --compile")
+    if options.peer and (options.device, options.precision) != ("cpu", "fp32"):
+        parser.error("peer is measured with --device cpu --precision fp32")
     torch.set_num_threads(1)
     gpu = options.device == "cuda"
     settings = SETTINGS[options.size] | (ON_GPU if gpu and options.size == "sd" else {})
     config = ddpo.Config(model=str(make_model(options.size)), device=options.device,
-                         precision=options.precision, compile=options.compile, **settings)
+                         precision=options.precision, **settings)
     sf = dataclasses.replace(config, algo="sf", updates_per_epoch=1)
     peaks = {"DDPO_IS": in_child(sys.executable, "ddpo.py", config, 1)["memory_gb"],
              "single_pass.py": in_child(sys.executable, "single_pass.py", sf, 1)["memory_gb"]}
@@ -310,8 +300,8 @@ def main():
     result = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
               "command": " ".join(sys.argv[1:]).replace(options.peer or "PYTHON", "PYTHON"), "unit": unit,
               "settings": settings, "rows": rows, "peak_memory_gb": peaks, "versions": versions}
-    marks = "".join(f"-{name}" for name in ("compile", "growth", "peer") if getattr(options, name))
-    file = RESULTS / f"bench-{options.size}-{options.device}-{options.precision}{marks}.json"
+    peer = "-peer" if options.peer else ""
+    file = RESULTS / f"bench-{options.size}-{options.device}-{options.precision}{peer}.json"
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -17,7 +17,6 @@ in fp32.
 import argparse
 import copy
 import json
-import math
 import sys
 import time
 from pathlib import Path

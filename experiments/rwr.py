@@ -88,7 +88,7 @@ def train(config):
             texts = [all_prompts[j] for j in prompt[block]]
             generators = [ddpo.generator(config.seed, epoch, i) for i in block.tolist()]
             rollout = ddpo.sample(pipe, texts, config, generators)
-            images.append(rollout.latents[:, -1])  # x_0 ~ p_theta(x_0 | c)
+            images.append(rollout.latents[:, -1].clone())  # x_0 ~ p_theta(x_0 | c)
             reward.append(reward_fn(rollout.images, texts))  # r(x_0, c)
         images, reward = ddpo.gather(torch.cat(images)), ddpo.gather(torch.cat(reward))
         weight = weights(prompt, reward, config)  # w(x_0, c), (N,)

@@ -24,6 +24,8 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
+from unittest import mock
 
 import torch
 from torch import nn
@@ -31,7 +33,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ddpo  # noqa: E402
-from ddpo import RANK, WORLD  # noqa: E402
+from ddpo import RANK, WORLD, setting  # noqa: E402
+
+
+@dataclasses.dataclass
+class Config(ddpo.Config):
+    """ddpo.py's settings, with one estimator."""
+    algo: Literal["sf"] = setting("sf", "DDPO_SF")
 
 
 @contextmanager
@@ -127,19 +135,15 @@ def train(config):
 
 
 def parse(argv=None):
-    return dataclasses.replace(ddpo.parse(argv), algo="sf", updates_per_epoch=1)
+    """ddpo.parse, with --algo sf."""
+    with mock.patch.object(ddpo, "Config", Config):
+        return ddpo.parse(argv)
 
 
 def main(argv=None):
-    """Exit status 0; 2, its reason last on stderr, for what a user can mend."""
-    try:
-        train(parse(argv))
-        return 0
-    except SystemExit as stop:
-        return stop.code
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"single_pass.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    """The exit status, as that of ddpo.main."""
+    with mock.patch.multiple(ddpo, Config=Config, train=train):
+        return ddpo.main(argv)
 
 
 if __name__ == "__main__":

@@ -414,9 +414,9 @@ def test_advantages_of_a_worked_example():
 @pytest.mark.parametrize("algo, updates", [("is", 2), ("sf", 1)])
 def test_an_epoch_of_training_is_the_algorithm_done_one_pair_at_a_time(algo, updates, config):
     """Eight samples, three steps: sample i's advantage, clipped, meets all its steps, an update sees its
-    block of samples. eta 0.6 and a wide clip, so that every factor shows."""
+    block of samples (is: calls of 8 and 4 pairs). eta 0.6 and a wide clip, so that every factor shows."""
     c = dataclasses.replace(config, algo=algo, updates_per_epoch=updates, epochs=1, kl_weight=0.5, eta=0.6,
-                            advantage_clip=0.8, clip_range=1e-3, weight_decay=0.5)
+                            advantage_clip=0.8, clip_range=1e-3, weight_decay=0.5, batch=4 * updates)
     trained, pipe, norms = ddpo.train(c), ddpo.load_pipeline(c), []
     lora = ddpo.add_lora(pipe.unet, c.rank, torch.Generator().manual_seed(c.seed))
     optimizer = torch.optim.AdamW(lora, c.lr, weight_decay=c.weight_decay)
@@ -543,11 +543,11 @@ def start_by_hand(c):
 
 
 def test_two_epochs_of_dpok_are_algorithm_1_done_one_pair_at_a_time(dpok_config):
-    """Eight samples of two prompts, two updates of twelve random pairs: alpha times the clipped ratio times r
-    - V, centred and clipped, beta times the step's KL, V fitted after each epoch's updates. The norm is not
-    clipped, so that every factor shows; plain weights, so does their decay."""
-    c = dataclasses.replace(dpok_config, alpha=3.0, beta=0.5, clip_range=0.05, max_grad_norm=1e9, eta=0.7,
-                            weight_decay=0.5, lr=3e-3, value_lr=1e-2, value_steps=2, advantage_clip=0.05)
+    """Eight samples of two prompts, two updates of 8 + 4 random pairs: alpha times the clipped ratio times r
+    - V, centred and clipped, beta times the step's KL, then V is fitted. Every factor shows."""
+    c = dataclasses.replace(
+        dpok_config, alpha=3.0, beta=0.5, clip_range=0.05, max_grad_norm=1e9, eta=0.7, batch=8, lr=3e-3,
+        weight_decay=0.5, value_lr=1e-2, value_steps=2, advantage_clip=0.05)
     trained, (pipe, lora, optimizer, texts), means = dpok.train(c), start_by_hand(c), []
     torch.manual_seed(c.seed)
     value = dpok.ValueNetwork((4, 8, 8), 16, c.steps)

@@ -76,7 +76,7 @@ class Config:
     buffer_size: int = setting(32, "rewards remembered for each prompt; code: 16 for JPEG, 32 for the rest")
     min_count: int = setting(16, "rewards for a prompt's own statistics; code: 16")
     kl_weight: float = setting(0.0, "of the KL to the pre-trained model; paper: none")
-    max_kl: float = setting(0.0, "stop once its mean of 5 epochs is larger, 0: never; paper: by hand")
+    max_kl: float = setting(0.0, "stop once the KL's mean of 5 epochs is larger, 0: never; paper: by hand")
     rank: int = setting(4, "of LoRA; code: 4")
     seed: int = setting(0, "of everything random")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda, mps or cpu")
@@ -490,7 +490,7 @@ def start_run(pipe, prompts, reward_fn, config, parts):
 
 
 def finished(log, config):
-    """Whether the last epoch or, by its mean over five epochs, the bound on the KL is reached."""
+    """Whether the last epoch or the bound on the KL, by its mean of five (0 before the first), is reached."""
     return len(log) >= config.epochs or 0 < config.max_kl < sum(row["kl"] for row in log[-5:]) / 5
 
 

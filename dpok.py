@@ -14,7 +14,7 @@ What differs from the paper or its code, and why:
    difference of the noises, which the KL weights by 0.07 to 5.4 along 50 steps.
 3. Eq. 25, printed as an equality, holds only at theta = theta_old, with one ratio a step; so does (9), whose
    KL is at states of theta_old. Eq. 26 has the bounds of its clip the other way round.
-4. An update is the mean over n random pairs (i, k) of its epoch (code: of two epochs), not (9)'s sum.
+4. An update is the mean over n random pairs (i, k) of its epoch (code: two), not (9)'s sum.
 5. V is fitted after the policy, so that it has not seen the rewards it is subtracted from (code: before). It
    lags, which can give all r - V one sign: r - V is centred.
 6. Algorithm 2 was not released. Here t is any step of the sampler but the last, sigma the sampler's, f the
@@ -85,7 +85,7 @@ class Config:
     max_grad_norm: float = setting(0.1, "to which the gradient norm is clipped; paper: 0.1")
     clip_range: float = setting(1e-4, "of the ratio, see log_prob; paper: 1e-4")
     advantage_clip: float = setting(0.0, "to +- this, 0: never; paper: none")
-    max_kl: float = setting(0.0, "stop once its mean of 5 epochs is larger, 0: never; paper: none")
+    max_kl: float = setting(0.0, "stop once the KL's mean of 5 epochs is larger, 0: never; paper: none")
     evaluation_images: int = setting(50, "of each prompt and model; paper: 50")
     rank: int = setting(4, "of LoRA; code: 4")
     seed: int = setting(0, "of everything random")
@@ -280,8 +280,8 @@ def train(config):
         reward = gather(reward_fn(rollout.images, rollout.prompts)).to(pipe.device)  # r(x_0, z), (N,)
         latents, log_probs, cond = gather(rollout.latents), gather(rollout.log_probs), gather(rollout.cond)
         advantage = reward[:, None].expand(N, K)
-        states = value_states(pipe, prompts, latents)
         if config.value:
+            states = value_states(pipe, prompts, latents)
             advantage = advantage - value(*states).detach().view(N, K)  # r - V(x_t, z, k) (A.5)
             fit["value_error"] = advantage.square().mean().item()
             advantage = advantage - advantage.mean()
@@ -310,7 +310,7 @@ def train(config):
         log.append({"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(),
                     "reward_std": reward.std(correction=0).item(), **summary(infos, norms, started), **fit,
                     "kl": kl_to_pretrained(pipe, rollout, config, rng)})
-        del rollout, latents, states  # makes room for the next
+        del rollout, latents  # makes room for the next
         if RANK == 0:
             if finished(log, config) or epoch % config.sample_every == 0:
                 draw_samples(pipe, all_prompts, reward_fn, config, folder, epoch)
@@ -387,10 +387,10 @@ def train_supervised(config):
 
 
 def draw_data(pipe, all_prompts, reward_fn, config, folder):
-    """As many images of p_pre as Algorithm 1 draws, and their rewards; each epoch's are kept in data/ for
+    """As many images of p_pre as Algorithm 1 draws, and their rewards; each epoch's kept in data/ for
     --resume -> x_0 (M, 4, H, W), number of the prompt (M,), reward (M,), on the CPU."""
     N, epochs = config.samples_per_epoch, []
-    for epoch in tqdm(range(1, config.epochs + 1), "p_pre"):
+    for epoch in tqdm(range(1, config.epochs + 1), "data"):
         file = folder / "data" / f"epoch_{epoch:04d}.pt"
         if file.exists():
             epochs.append(torch.load(file, weights_only=True))
@@ -605,7 +605,7 @@ def start_run(pipe, prompts, reward_fn, config, parts):
 
 
 def finished(log, config):
-    """Whether the last epoch or, by its mean over five epochs, the bound on the KL is reached."""
+    """Whether the last epoch or the bound on the KL, by its mean of five (0 before the first), is reached."""
     return len(log) >= config.epochs or 0 < config.max_kl < sum(row["kl"] for row in log[-5:]) / 5
 
 

@@ -588,13 +588,12 @@ def start_run(pipe, prompts, reward_fn, config, parts):
         with rewards.one_line(f"{str(file)!r} cannot be used", "start a new run"):
             saved = torch.load(file, map_location="cpu", weights_only=True)
             for name, part in parts.items():
-                part.load_state_dict(saved[name])
+                part.load_state_dict(saved[name] or part.state_dict())  # fp32's scaler leaves none
             log = saved["log"]
     gather(torch.zeros(1))  # by now every process has checked and loaded
     if RANK == 0:
-        exponent = config.clip_range * x_t[0].numel()
         if config.algo in ("is", "rl"):
-            print(f"{folder}: clip_range {config.clip_range}: true ratios within exp(+-{exponent:.3g})")
+            print(f"{folder}: clip_range: true ratios in exp(+-{config.clip_range * x_t[0].numel():.3g})")
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         settings = dataclasses.asdict(config) | {"out": "", "resume": ""}
         (folder / "config.part").write_text(json.dumps(settings, indent=2))

@@ -76,6 +76,17 @@ def test_fp16_leaves_the_ratio_to_the_policy_and_bf16_drowns_it(monkeypatch):
     assert share["fp16"].max() < 0.01 and share["bf16"].min() > 0.5
 
 
+def test_a_run_in_fp32_goes_on_in_fp16_and_back(tmp_path):
+    """As by --resume on another device: GradScaler has a state in fp16 alone."""
+    run, config = tmp_path / "run", tmp_path / "run" / "config.json"
+    assert ddpo.main(["--device=cpu", "--reward=jpeg", "--epochs=1", "--steps=2", "--samples_per_epoch=4",
+                      "--batch=4", f"--out={run}"]) == 0
+    for epoch, half in (2, "fp16"), (3, "fp32"):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"precision": half}))
+        assert ddpo.main(["--resume", str(run), "--epochs", str(epoch)]) == 0
+    assert len((run / "log.csv").read_text().splitlines()) == 1 + 3
+
+
 def test_what_does_not_fit_the_memory_fails_before_the_first_epoch_is_sampled(tmp_path, monkeypatch, capsys):
     def no_room(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -260,9 +260,10 @@ def claims(before, found):
         "smaller": lost("DDPO jpeg", "size"), "larger": gained("DDPO incompressibility", "size")}
     yield "DDPO 6.2", "DDPO raises alignment, strict accuracy by 0.15 or more", 0.15, {
         kind: gained(f"DDPO {kind}") for kind in UNSEEN}
-    names = {"DDPO": "DDPO_IS", "SF": "DDPO_SF", "RWR": "reward-weighted regression (RWR)"}
+    names = {"DDPO": "DDPO_IS", "SF": "DDPO_SF", "RWR": "reward-weighted regression, RWR"}
     for one, other in (*((one, other) for one in ("DDPO", "SF") for other in WEIGHTED), ("DDPO", "SF")):
-        yield "DDPO Fig. 4", f"{names[one]} ends better than {names.get(other, other)}, kB; alignment", 0, {
+        text = f"{names[one]} ends with more reward than {names.get(other, other)} (kB; count: alignment)"
+        yield "DDPO Fig. 4", text, 0, {
             "`jpeg`": versus(f"{one} jpeg", f"{other} jpeg", "size", sign=-1),
             "`incompressibility`": versus(f"{one} incompressibility", f"{other} incompressibility", "size"),
             "count": versus(f"{one} count", f"{other} count", "alignment")}
@@ -340,9 +341,10 @@ def claim_table(before, found):
         verdicts = {name: verdict(part, least) for name, part in parts.items()}
         names = dict.fromkeys(name for runs, *_ in parts.values() for name in runs)
         if parts:
-            most, = Counter(verdicts.values()).most_common(1)
-            others = ", ".join(f"{name}: {says}" for name, says in verdicts.items() if says != most[0])
-            yield row(section, claim, effects, "; ".join(filter(None, (most[0], others))), ", ".join(names))
+            (says, times), = Counter(verdicts.values()).most_common(1)
+            common = says if 2 * times > len(verdicts) else ""
+            others = ", ".join(f"{name}: {says}" for name, says in verdicts.items() if says != common)
+            yield row(section, claim, effects, "; ".join(filter(None, (common, others))), ", ".join(names))
 
 
 def ddpo_table(before, found):

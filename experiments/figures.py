@@ -112,7 +112,7 @@ def draw_images(file, title, rows, prompts):
 
 
 def draw_all_images():
-    """Figures of images, of the first seed; two are grids that the scripts left."""
+    """Figures of images, of the first seed; three are grids that the scripts left."""
     rows = {"pre-trained": [None] * 4}
     rows |= {method: [f"{method} {kind}" for kind in UNSEEN] for method in ("KL-O", "RL")}
     draw_images("dpok-methods.png", "DPOK mends what supervised training leaves wrong", rows,
@@ -120,7 +120,8 @@ def draw_all_images():
     rows = {"pre-trained": [None] * 4} | {f"β {beta}": [f"jpeg beta {beta}"] * 4 for beta in BETAS}
     draw_images("dpok-beta.png", "jpeg on two red squares: what becomes of others", rows, OTHER[::2][:4])
     for name, picture, file in (("DDPO incompressibility", "progress", "ddpo-incompressibility"),
-                                ("DDPO jpeg kl_weight", "comparison", "ddpo-jpeg-kl")):
+                                ("DDPO jpeg kl_weight", "comparison", "ddpo-jpeg-kl"),
+                                ("RWR_sparse jpeg", "progress", "rwr-sparse-jpeg")):
         shutil.copy(FOLDER / f"{name}-{FIRST}" / f"{picture}.png", RESULTS / f"{file}.png")
 
 

@@ -246,10 +246,6 @@ def claims(before, found):
     def lost(name, what="strict", where="trained", epoch=None):
         return gained(name, what, where, epoch, -1)
 
-    def kept(name, where="trained", epoch=None):
-        part = gained(name, "strict", where, epoch)
-        return part and (part[0], 0.1 + part[1], part[2])
-
     def versus(one, other, what="strict", where="trained", sign=1):
         if not {one, other} <= found.keys():
             return None
@@ -274,8 +270,8 @@ def claims(before, found):
         yield "DDPO A", f"DDPO over-optimises `{name[5:]}`: diversity falls", 0, {"": lost(name, "diversity")}
     remedies = {"`--kl_weight`": ("DDPO jpeg kl_weight", None), "`--max_kl`": ("DDPO jpeg max_kl", None),
                 "stopped after epoch 12": ("DDPO jpeg", 12)}
-    text = "With a remedy, DDPO on `jpeg` loses less than 0.1 of strict accuracy (0.1 − the loss)"
-    yield "DDPO A", text, 0, {name: kept(run, epoch=epoch) for name, (run, epoch) in remedies.items()}
+    yield "DDPO A", "With a remedy, DDPO on `jpeg` keeps strict accuracy: above −0.1", -0.1, {
+        name: gained(run, epoch=epoch) for name, (run, epoch) in remedies.items()}
     yield "DDPO A", "With a remedy, DDPO on `jpeg` still makes files smaller, kB", 0, {
         name: lost(run, "size", epoch=epoch) for name, (run, epoch) in remedies.items()}
     yield "DPOK 5.2, 5.4", "DPOK raises strict accuracy by 0.15 or more", 0.15, {
@@ -293,8 +289,8 @@ def claims(before, found):
         "": lost("DDPO jpeg", "size", "unseen")}
     text = "DPOK on `jpeg`, β 0: strict accuracy of other prompts is lost, 0.15 or more"
     yield "after DPOK 5.3", text, 0.15, {"": lost("jpeg beta 0", where="other")}
-    text = "DPOK on `jpeg`, β 0.5: other prompts lose less than 0.1 of strict accuracy (0.1 − the loss)"
-    yield "after DPOK 5.3", text, 0, {"": kept("jpeg beta 0.5", "other")}
+    text = "DPOK on `jpeg`, β 0.5: other prompts keep strict accuracy: above −0.1"
+    yield "after DPOK 5.3", text, -0.1, {"": gained("jpeg beta 0.5", where="other")}
     text = "DPOK on `jpeg`, β 0.5: files of its own prompt get smaller, kB"
     yield "after DPOK 5.3", text, 0, {"": lost("jpeg beta 0.5", "size")}
     text = "DPOK on `jpeg`: other prompts stay more diverse with β 0.5 than with β 0"
@@ -302,11 +298,11 @@ def claims(before, found):
 
 
 def verdict(part, least):
-    """Holds: the mean is large enough, and its 95 % interval lies above 0. Fails: the interval lies below
-    what was asked. Else it is inconclusive."""
+    """Holds: the mean is large enough, and its 95 % interval lies above 0 or, where a loss was to be avoided,
+    above the `least` named. Fails: the interval lies below what was asked. Else it is inconclusive."""
     _, effect, error = part
     mean, reach = effect.mean(), STUDENT[len(effect)] * (standard_error(effect)**2 + error**2)**0.5
-    if mean >= least and mean > reach:
+    if mean >= least and mean - reach > min(least, 0):
         return "holds"
     return "**fails**" if mean + reach < least else "inconclusive"
 

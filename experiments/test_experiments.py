@@ -312,7 +312,9 @@ def test_a_verdict_is_that_of_its_interval():
     spread = [-1.0, -1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0]  # standard error 0.378, 95 % within 0.892
     for mean, least, error, says in ((0.9, 0, 0, "holds"), (0.9, 0, 0.1, "inconclusive"),
                                      (0.9, 1, 0, "inconclusive"), (0.05, 1, 0, "**fails**"),
-                                     (-0.9, 0, 0, "**fails**"), (-0.8, 0, 0, "inconclusive")):
+                                     (-0.9, 0, 0, "**fails**"), (-0.8, 0, 0, "inconclusive"),
+                                     (0.8, -0.1, 0, "holds"), (0.7, -0.1, 0, "inconclusive"),
+                                     (-1, -0.1, 0, "**fails**")):
         assert claims.verdict(([], mean + torch.tensor(spread).numpy(), error), least) == says
 
 

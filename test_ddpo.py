@@ -414,7 +414,7 @@ def test_advantages_of_a_worked_example():
 @pytest.mark.parametrize("algo, updates", [("is", 2), ("sf", 1)])
 def test_an_epoch_of_training_is_the_algorithm_done_one_pair_at_a_time(algo, updates, config):
     """Eight samples, three steps: sample i's advantage, clipped, meets all its steps, an update sees its
-    block (is: calls of 8 and 4 pairs). eta, clip: every factor shows; seed 2: no gradient is mere rounding."""
+    block (is: calls of 8 and 4 pairs). eta, clip: every factor shows; seed 2: no gradient is rounding."""
     c = dataclasses.replace(config, algo=algo, updates_per_epoch=updates, epochs=1, kl_weight=0.5, seed=2,
                             eta=0.6, advantage_clip=0.8, clip_range=1e-3, weight_decay=0.5, batch=4 * updates)
     trained, pipe, norms = ddpo.train(c), ddpo.load_pipeline(c), []

@@ -71,8 +71,8 @@ RUNS |= {f"{method} {name}": (rwr, kind, f"{reward} --epochs {epochs // 4}{algo}
          for name, (kind, reward, epochs) in REWARDS.items() for method, algo in WEIGHTED.items()}
 RUNS |= {f"SF {name}": (single_pass, kind, f"{reward} --epochs {epochs}")
          for name, (kind, reward, epochs) in REWARDS.items()}
-RUNS |= {"DDPO jpeg kl_weight": (ddpo, "all", "--reward jpeg --kl_weight 0.3"),
-         "DDPO jpeg max_kl": (ddpo, "all", "--reward jpeg --max_kl 0.05")}
+RUNS |= {"DDPO jpeg kl_weight": (ddpo, "all", "--reward jpeg --epochs 32 --kl_weight 0.3"),
+         "DDPO jpeg max_kl": (ddpo, "all", "--reward jpeg --epochs 32 --max_kl 0.05")}
 RUNS |= {f"RL {kind}": (dpok, kind, EPOCHS[kind]) for kind in KINDS}
 RUNS |= {f"DDPO {kind}": (ddpo, kind, f"{ALIGNMENT} {EPOCHS[kind]}") for kind in UNSEEN}
 RUNS |= {f"KL-O {kind}": (dpok, kind, f"{EPOCHS[kind]} {SFT}") for kind in UNSEEN}

@@ -10,9 +10,9 @@ for each that is finished, and is also the cache: what stands there with the sam
 so this may be stopped by Ctrl-C and begun again (after a change of shapes/ or of the scripts delete its
 lines). The tables go to experiments/README.md.
 
-A model is measured on images of seeds that no training saw, new ones for every run and epoch, so that their
+A model is measured on images of seeds that no training saw, new ones for every seed and epoch, so that their
 error is part of the spread over seeds: at the last epoch and two and four before, of which the mean counts
-(of RWR, whose rounds are four epochs long, after the last alone), and at those of STAGES. `alignment` and
+(but in what is compared with RWR, whose rounds are four epochs long), and at those of STAGES. `alignment` and
 `size` (of the JPEG, kB) are what runs are rewarded with. `strict`, with which none is, is the share of images
 that are just what their caption says; `diversity` is the standard deviation of a pixel (0 to 1) between the
 images of one caption, root mean square.
@@ -22,6 +22,7 @@ import contextlib
 import csv
 import dataclasses
 import json
+import math
 import os
 import shlex
 import shutil
@@ -218,19 +219,20 @@ def finished(stored, least=8):
     return {name: runs for name, (_, runs) in made.items() if len(runs) >= least}
 
 
-def over_seeds(found, name, what="strict", where="trained", epoch=None):
-    """One number of each seed: at an epoch, or the mean of those at which the run ends."""
-    return np.array([np.mean([run[where][str(end)][what] for end in ([epoch] if epoch else run["ends"])])
-                     for run in found[name]])
+def over_seeds(found, name, what="strict", where="trained", epoch=None, last=3):
+    """One number of each seed: at an epoch, or the mean of the last at which the run was measured."""
+    ends = [[epoch] if epoch else run["ends"][-last:] for run in found[name]]
+    return np.array([np.mean([run[where][str(end)][what] for end in epochs])
+                     for run, epochs in zip(found[name], ends)])
 
 
 def standard_error(values):
     return values.std(ddof=1) / len(values)**0.5
 
 
-def spread(values):
-    """Mean ± standard error over seeds, as text."""
-    return f"{values.mean():.2f} ± {standard_error(values):.2f}"
+def spread(values, error=0):
+    """Mean ± standard error over seeds, with that of what all are compared with, as text."""
+    return f"{values.mean():.2f} ± {math.hypot(standard_error(values), error):.2f}"
 
 
 def claims(before, found):
@@ -246,10 +248,10 @@ def claims(before, found):
     def lost(name, what="strict", where="trained", epoch=None):
         return gained(name, what, where, epoch, -1)
 
-    def versus(one, other, what="strict", where="trained", sign=1):
+    def versus(one, other, what="strict", where="trained", sign=1, last=3):
         if not {one, other} <= found.keys():
             return None
-        a, b = (over_seeds(found, name, what, where) for name in (one, other))
+        a, b = (over_seeds(found, name, what, where, last=last) for name in (one, other))
         return [one, other], sign * (a[:len(b)] - b[:len(a)]), 0  # seed by seed
 
     yield "DDPO 6.1", "DDPO makes JPEGs smaller or larger as it is asked, kB", 0, {
@@ -260,14 +262,15 @@ def claims(before, found):
     for one, other in (*((one, other) for one in ("DDPO", "SF") for other in WEIGHTED), ("DDPO", "SF")):
         text = f"{names[one]} ends with more reward than {names.get(other, other)} (kB; count: alignment)"
         yield "DDPO Fig. 4", text, 0, {
-            "`jpeg`": versus(f"{one} jpeg", f"{other} jpeg", "size", sign=-1),
-            "`incompressibility`": versus(f"{one} incompressibility", f"{other} incompressibility", "size"),
-            "count": versus(f"{one} count", f"{other} count", "alignment")}
-    for name, sign in (("jpeg", -1), ("incompressibility", 1)):
-        name = f"DDPO {name}"
-        yield "DDPO A", f"DDPO over-optimises `{name[5:]}`: strict accuracy is lost, 0.15 or more", 0.15, {
-            "": lost(name)}
-        yield "DDPO A", f"DDPO over-optimises `{name[5:]}`: diversity falls", 0, {"": lost(name, "diversity")}
+            "`jpeg`": versus(f"{one} jpeg", f"{other} jpeg", "size", sign=-1, last=1),
+            "`incompressibility`": versus(f"{one} incompressibility", f"{other} incompressibility", "size",
+                                          last=1),
+            "count": versus(f"{one} count", f"{other} count", "alignment", last=1)}
+    sizes = "jpeg", "incompressibility"
+    yield "DDPO A", "DDPO over-optimises a JPEG's size: strict accuracy is lost, 0.15 or more", 0.15, {
+        f"`{name}`": lost(f"DDPO {name}") for name in sizes}
+    yield "DDPO A", "DDPO over-optimises a JPEG's size: diversity falls", 0, {
+        f"`{name}`": lost(f"DDPO {name}", "diversity") for name in sizes}
     remedies = {"`--kl_weight`": ("DDPO jpeg kl_weight", None), "`--max_kl`": ("DDPO jpeg max_kl", None),
                 "stopped after epoch 12": ("DDPO jpeg", 12)}
     yield "DDPO A", "With a remedy, DDPO on `jpeg` keeps strict accuracy: above −0.1", -0.1, {
@@ -301,7 +304,7 @@ def verdict(part, least):
     """Holds: the mean is large enough, and its 95 % interval lies above 0 or, where a loss was to be avoided,
     above the `least` named. Fails: the interval lies below what was asked. Else it is inconclusive."""
     _, effect, error = part
-    mean, reach = effect.mean(), STUDENT[len(effect)] * (standard_error(effect)**2 + error**2)**0.5
+    mean, reach = effect.mean(), STUDENT[len(effect)] * math.hypot(standard_error(effect), error)
     if mean >= least and mean - reach > min(least, 0):
         return "holds"
     return "**fails**" if mean + reach < least else "inconclusive"
@@ -333,7 +336,7 @@ def claim_table(before, found):
     yield header("paper", "claim", "effect", "on `shapes/`", "runs").strip()
     for section, claim, least, parts in claims(before, found):
         parts = {name: part for name, part in parts.items() if part}
-        effects = "; ".join(f"{name} {spread(part[1])}".strip() for name, part in parts.items())
+        effects = "; ".join(f"{name} {spread(*part[1:])}".strip() for name, part in parts.items())
         verdicts = {name: verdict(part, least) for name, part in parts.items()}
         names = dict.fromkeys(name for runs, *_ in parts.values() for name in runs)
         if parts:
@@ -371,7 +374,8 @@ def method_table(before, found):
 
 
 def run_table(before, found):
-    yield header("run", "command, with `--device cpu --precision fp32` and `--seed`", "queries", "updates")
+    command = "command, with `--device cpu --precision fp32` and `--seed`"
+    yield header("run", command, "queries, at most", "updates")
     for name, runs in found.items():
         file = Path(RUNS[name][0].__file__).relative_to(HERE.parent)
         cost = (str(max(run[what] for run in runs)) for what in ("queries", "updates"))

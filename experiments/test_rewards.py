@@ -245,6 +245,7 @@ def test_scoring_is_at_most_a_tenth_of_an_epochs_operations():
         image, tokens = torch.empty(1, 3, 224, 224), torch.empty(1, 35).long()
         read = operations(text, tokens, encoder_hidden_states=torch.empty(1, 197, 1024))
         written = 2 * llama.num_parameters() * (576 + 32 + 64)  # image, question, answer
+        written += 2 * bert.num_parameters() * (64 + 32)  # answer and prompt, compared
         cost = {"aesthetic": operations(clip, image), "imagereward": operations(vision, image) + read,
                 "llava": operations(eye, torch.empty(1, 3, 336, 336)) + written}
     bytes_of = lambda width, *models: width * sum(model.num_parameters() for model in models)  # noqa: E731

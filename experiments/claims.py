@@ -258,7 +258,7 @@ def claims(before, found):
         "smaller": lost("DDPO jpeg", "size"), "larger": gained("DDPO incompressibility", "size")}
     yield "DDPO 6.2", "DDPO raises alignment, strict accuracy by 0.15 or more", 0.15, {
         kind: gained(f"DDPO {kind}") for kind in UNSEEN}
-    names = {"DDPO": "DDPO_IS", "SF": "DDPO_SF", "RWR": "reward-weighted regression, RWR"}
+    names = {"DDPO": "DDPO_IS", "SF": "DDPO_SF"}
     for one, other in (*((one, other) for one in ("DDPO", "SF") for other in WEIGHTED), ("DDPO", "SF")):
         text = f"{names[one]} ends with more reward than {names.get(other, other)} (kB; count: alignment)"
         yield "DDPO Fig. 4", text, 0, {

@@ -34,8 +34,8 @@ def axes(rows, title):
 
 def plot_fig4(before, found):
     """Reward against reward queries: mean and standard error over seeds."""
-    figure, panels = axes(3, "DDPO learns more from as many rewards than reward-weighted regression "
-                             "(DDPO, Fig. 4)")
+    figure, panels = axes(3, "From as many rewards DDPO learns more than RWR at the caption's count, "
+                             "not at a file's size (DDPO, Fig. 4)")
     units = {"jpeg": "reward, −kB", "incompressibility": "reward, kB", "count": "reward, alignment"}
     for axis, (reward, unit) in zip(panels, units.items()):
         for method in ("DDPO", "SF", *WEIGHTED):

@@ -355,6 +355,7 @@ def test_what_the_experiments_found_is_so_in_every_seed():
 
 def test_the_pages_have_the_numbers_that_the_experiments_printed():
     readme, page = ((folder / "README.md").read_text(encoding="utf-8") for folder in (HERE.parent, HERE))
+    beside = (HERE.parent / "docs" / "dpok.md").read_text(encoding="utf-8")
     stored = read_claims()
     tables = "\n".join(claims.all_tables(stored))
     assert f"<!-- begin of claims.py -->\n{tables}\n<!-- end of claims.py -->" in page
@@ -364,6 +365,14 @@ def test_the_pages_have_the_numbers_that_the_experiments_printed():
     claimed = readme.partition("## What holds")[2].partition("\n## ")[0]
     shown = [line for line in claimed.splitlines() if line.startswith("| ")][1:]
     assert shown and [line for line in shown if line not in rows] == []
+    start, found = stored["pre-trained"], claims.finished(stored)
+    shares = {name: [claims.over_seeds(found, f"{name} {kind}").mean() for kind in claims.UNSEEN]
+              for name in ("KL-O", "RL")}
+    scores = [start[kind]["trained"] for kind in claims.UNSEEN]
+    shares["at most"] = [score["strict"] / score["alignment"] for score in scores]
+    for who, values in shares.items():
+        sentence = ", ".join(f"{kind} {value:.2f}" for kind, value in zip(claims.UNSEEN, values))
+        assert sentence in beside and (who != "at most" or sentence in page)
     benches = [read_bench(size) for size in BENCHES]
     values = [{what: ratio for what, _, ratio, _ in b["rows"]} | b["peak_memory_gb"] for b in benches]
     costs = {what: to for what, _, _, to in benches[0]["rows"] if any(v.get(what, 1) != 1 for v in values)}

@@ -12,7 +12,7 @@ lines). The tables go to experiments/README.md.
 
 A model is measured on images of seeds that no training saw, new ones for every seed and epoch, so that their
 error is part of the spread over seeds: at the last epoch and two and four before, of which the mean counts
-(but in what is compared with RWR, whose rounds are four epochs long), and at those of STAGES. `alignment` and
+(in DDPO's Fig. 4, at equal queries, the last alone), and at those of STAGES. `alignment` and
 `size` (of the JPEG, kB) are what runs are rewarded with. `strict`, with which none is, is the share of images
 that are just what their caption says; `diversity` is the standard deviation of a pixel (0 to 1) between the
 images of one caption, root mean square.

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -20,6 +21,7 @@ import socket
 import sys
 import textwrap
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: a hub id that is not on this machine fails at once
@@ -802,16 +804,19 @@ def test_half_precision_keeps_lora_in_float32_and_skips_updates_that_overflow(co
 
 # ---------- runs that survive
 
-def child(function):
-    """Run a function, which gives the exit status, in a fork of this process -> its number."""
-    number = os.fork()
-    if number == 0:
-        status = 99
-        try:
-            status = function()
-        finally:
-            os._exit(status)
-    return number
+def run_and_exit(name, argv, environment, output):
+    os.environ |= environment
+    with open(output, "a") as file, redirect_stdout(file), redirect_stderr(file):
+        sys.exit(importlib.reload(sys.modules[name]).main(argv))
+
+
+def child(script, argv, output, **environment):
+    """A process that runs a script, forked where none has trained: autograd's threads of a GPU forbid it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, diffusers.StableDiffusionPipeline.__module__])
+    process = context.Process(target=run_and_exit, args=(script.__name__, argv, environment, output))
+    process.start()
+    return process
 
 
 @pytest.mark.parametrize("algo", ["is", "rl"])
@@ -822,10 +827,11 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_had_not(algo, confi
     run, kills, status = tmp_path / "killed", 0, -signal.SIGKILL
     arguments = flags(c, out=str(run))
     while status == -signal.SIGKILL:
-        number = child(lambda: script.main(arguments))
+        process = child(script, arguments, tmp_path / "printed")
         time.sleep(0.5 * (1 + kills))
-        os.kill(number, signal.SIGKILL)
-        status, kills = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]), kills + 1
+        process.kill()
+        process.join()
+        status, kills = process.exitcode, kills + 1
         if (run / "config.json").exists():
             arguments = ["--resume", str(run)]
         else:
@@ -870,7 +876,7 @@ def test_a_finished_run_can_be_made_longer_and_a_damaged_one_is_left_as_it_is(co
 
 
 @pytest.mark.parametrize("algo", ["is", "rl"])
-def test_two_processes_are_one_with_the_same_samples(algo, config, dpok_config, tmp_path, capfd):
+def test_two_processes_are_one_with_the_same_samples(algo, config, dpok_config, tmp_path):
     """With the environment that torchrun sets: the same log and LoRA, but for rounding. A smooth reward."""
     name = own_reward(tmp_path, """
         import numpy as np
@@ -881,17 +887,11 @@ def test_two_processes_are_one_with_the_same_samples(algo, config, dpok_config, 
     assert script.main(flags(c)) == 0
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    capfd.readouterr()
-
-    def process(rank):
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2",
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return importlib.reload(script).main(flags(c, out=str(tmp_path / "two")))
-
-    numbers = [child(lambda: process(rank)) for rank in "01"]
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in numbers]
-    printed, complaints = capfd.readouterr()
-    assert statuses == [0, 0] and printed.count("progress.png") == 1, complaints
+    arguments, output = flags(c, out=str(tmp_path / "two")), tmp_path / "printed"
+    processes = [child(script, arguments, output, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in "01"]
+    statuses = [process.join() or process.exitcode for process in processes]
+    assert statuses == [0, 0] and output.read_text().count("progress.png") == 1, output.read_text()
     for one, two in zip(read_log(c.out), read_log(tmp_path / "two"), strict=True):
         for name in one.keys() - {"seconds", "ratio_deviation"}:
             tolerance = {"abs": 2e-3 if "reward" in name else 1e-5, "rel": 1e-3}

@@ -127,13 +127,14 @@ def prompt_sets(kind):
             "unseen": [partner for other, partner in UNSEEN.items() if kind in (other, "all")]}
 
 
-def run(name, seed, folder=FOLDER, **more):
-    """Train and measure in a process of its own -> what claims.json keeps of a run."""
+def run(name, seed, folder=FOLDER, device="cpu", **more):
+    """Train, and measure on the CPU, in a process of its own -> what claims.json keeps of a run."""
     torch.set_num_threads(1)
     folder, (script, kind, _), measured = folder / f"{name}-{seed}", RUNS[name], {}
     wanted = ["trained"] + ["unseen"] * name.startswith(("RL ", "DDPO jpeg"))  # what claims speak of
     wanted += ["other"] * name.startswith(("RL ", "jpeg beta"))
     config, home = settings(name, seed=seed, out=folder, **more), dpok if script is dpok else ddpo
+    config = dataclasses.replace(config, device=device, precision="auto")
     save_run = home.save_run
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -410,19 +411,21 @@ def main():
     parser.add_argument("--only", default="")
     parser.add_argument("--count", type=int, choices=STUDENT, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[])
+    parser.add_argument("--device", default="cpu", help="cuda: in fp16, beside the recorded")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
     options = parser.parse_args()
-    names, seeds = [name for name in RUNS if options.only in name], range(FIRST, FIRST + options.count)
+    names = [options.only] if options.only in RUNS else [name for name in RUNS if options.only in name]
+    seeds = options.seeds or range(FIRST, FIRST + options.count)
     if not names:
         parser.error(f"only {options.only!r} is in the name of no run; the runs are {', '.join(RUNS)}")
     if options.quick:
         return int(quick(options.jobs) > 0)
-    jobs = [(name, seed, {}) for name in names for seed in options.seeds or seeds]
-    if options.seeds:
-        again = FOLDER / f"seeds-{'-'.join(map(str, options.seeds))}.json"
+    jobs = [(name, seed, {"device": options.device}) for name in names for seed in seeds]
+    if options.seeds or options.device != "cpu":
+        again = FOLDER / f"{options.device}-seeds-{'-'.join(map(str, seeds))}.json"
         failed = run_all(jobs, options.jobs, again)
-        repeat(load(RECORDED), load(again), len(options.seeds))
+        repeat(load(RECORDED), load(again), len(seeds))
         return int(failed > 0)
     if not (stored := load(RECORDED))["pre-trained"]:
         save(RECORDED, stored | {"pre-trained": measure_pretrained()})

@@ -1,7 +1,8 @@
 """Whether roundings alone carry the ratio out of its clip: one update in fp32, fp16 and bf16, side by side.
 
     python experiments/precision.py            # shapes/ at latents of 32 x 32, and 10 million parameters
-    python experiments/precision.py --size sd  # the size of Stable Diffusion, imitated: half an hour, 12 GB
+    python experiments/precision.py --size sd  # the size of Stable Diffusion: on a CUDA GPU, 20 GB; without
+                                               # one half precision is imitated: half an hour, 12 GB
 
 An update moves the guided noise by delta, in half precision also because the changed weights round anew. With
 it the mean of the step moves, by g sigma in the root mean square of the latent's D numbers. An action of the
@@ -35,7 +36,9 @@ logging.set_verbosity_error()  # not that a UNet is cast as a whole
 FILE = HERE / "results" / "precision.json"
 STEPS = (0, 25, 45, 46, 47, 48, 49)  # of 50: the beginning, the middle, the last five
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-SIZES = {"shapes": ("real", 4), "10M": ("real", 2), "sd": ("imitated", 1)}  # how, states of each step
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = {"shapes": ("real", 4), "10M": ("real", 2),  # how, states of each step
+         "sd": ("real" if DEVICE == "cuda" else "imitated", 1)}
 UNETS = {"10M": bench.UNETS["medium"] | {"block_out_channels": (64, 128, 224)}, "sd": bench.UNETS["sd"]}
 
 
@@ -43,8 +46,10 @@ def load_unet(size):
     """A frozen UNet in fp32; that of shapes/ takes latents of any size."""
     torch.manual_seed(0)
     if size == "shapes":
-        return diffusers.UNet2DConditionModel.from_pretrained(bench.SHAPES, subfolder="unet").eval()
-    return diffusers.UNet2DConditionModel(**UNETS[size]).eval()
+        unet = diffusers.UNet2DConditionModel.from_pretrained(bench.SHAPES, subfolder="unet")
+    else:
+        unet = diffusers.UNet2DConditionModel(**UNETS[size])
+    return unet.eval().to(DEVICE)
 
 
 def in_precision(unet, name, imitated):
@@ -70,7 +75,8 @@ def states(unet, scheduler, size, count):
     generator = torch.Generator().manual_seed(1)
     x_t = torch.randn(n, 4, side, side, generator=generator)
     text = torch.randn(n + 1, 77, width, generator=generator).bfloat16().float()  # no rounding of its own
-    return x_t, scheduler.timesteps[list(STEPS)].repeat_interleave(count), text[1:], text[:1]
+    t = scheduler.timesteps[list(STEPS)].repeat_interleave(count)
+    return [tensor.to(DEVICE) for tensor in (x_t, t, text[1:], text[:1])]
 
 
 def one_update(unet, scheduler, at, config):
@@ -79,12 +85,13 @@ def one_update(unet, scheduler, at, config):
     unet, lora = in_precision(unet, "fp32", False)
     optimizer = torch.optim.AdamW(lora, config.lr, weight_decay=config.weight_decay)
     x_t, t, cond, uncond = at
-    noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     for i in range(0, len(x_t), max(len(x_t) // 3, 1)):
         eps = ddpo.predict_noise(unet, x_t[i:i + 1], t[i:i + 1], cond[i:i + 1], uncond, config.guidance)
         mean, sigma = ddpo.step_distribution(scheduler, eps, t[i:i + 1], x_t[i:i + 1], config.eta)
         log_prob = ddpo.log_prob((mean + sigma * noise[i]).detach(), mean, sigma)
-        ddpo.score_function_loss(log_prob, torch.tensor([1.0 if i % 2 else -1.0]))[0].backward()
+        advantage = torch.tensor([1.0 if i % 2 else -1.0], device=DEVICE)
+        ddpo.score_function_loss(log_prob, advantage)[0].backward()
     optimizer.step()
     return [parameter.detach().clone() for parameter in lora]
 
@@ -107,8 +114,8 @@ def moved(unet, scheduler, at, config, lora, updated):
 
 def outside(g, D):
     """The share of ratios outside the clip: of N(-g^2 / 2, g^2 / D) outside +-1.64 / D."""
-    log_ratio = torch.distributions.Normal(-g**2 / 2, (g / D**0.5).clamp(min=1e-12))
-    return 1 - log_ratio.cdf(torch.tensor(1.64 / D)) + log_ratio.cdf(torch.tensor(-1.64 / D))
+    log_ratio, edge = torch.distributions.Normal(-g**2 / 2, (g / D**0.5).clamp(min=1e-12)), 1.64 / D
+    return 1 - log_ratio.cdf(torch.full_like(g, edge)) + log_ratio.cdf(torch.full_like(g, -edge))
 
 
 def table(size):
@@ -116,6 +123,7 @@ def table(size):
     how, count = SIZES[size]
     scheduler = diffusers.DDIMScheduler.from_pretrained(bench.SHAPES, subfolder="scheduler")
     scheduler.set_timesteps(50)
+    torch.backends.cudnn.allow_tf32 = False  # as load_pipeline has it
     unet = load_unet(size)
     at, rows = states(unet.config, scheduler, size, count), []
     D = at[0][0].numel()

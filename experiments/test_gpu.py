@@ -62,7 +62,7 @@ def test_fp16_leaves_the_ratio_to_the_policy_and_bf16_drowns_it(monkeypatch):
     """On shapes/ at latents of 32 x 32, DPOK's first update, which itself hardly moves them: with the UNet as
     load_pipeline makes it for fp16 they stay in the clip, in bf16 roundings carry most out of it."""
     monkeypatch.setattr(precision, "STEPS", (45, 46, 47))
-    config = dpok.Config(model="shapes", device="cpu", precision="fp16")
+    config = dpok.Config(model="shapes", device=precision.DEVICE, precision="fp16")
     pipe = dpok.load_pipeline(config)
     pipe.scheduler.set_timesteps(50)
     unet = precision.load_unet("shapes")

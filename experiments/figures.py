@@ -58,7 +58,8 @@ def plot_methods(before, found):
                         for kind in KINDS]
     for i, (label, values) in enumerate(bars.items()):
         axis.bar(np.arange(len(KINDS)) + 0.2 * i, [np.mean(v) if len(v) else 0 for v in values], 0.18,
-                 label=label, yerr=[standard_error(v) if len(v) > 1 else 0 for v in values])
+                 label={"RL": "DPOK"}.get(label, label),
+                 yerr=[standard_error(v) if len(v) > 1 else 0 for v in values])
     axis.set(xticks=np.arange(len(KINDS)) + 0.3, xticklabels=KINDS, ylabel="strictly right, share",
              xlabel="kind of prompt", ylim=(0, 1.25))
     axis.legend(ncols=4, fontsize=7.5)
@@ -66,7 +67,7 @@ def plot_methods(before, found):
 
 
 def plot_frontier(before, found):
-    figure, (axis,) = axes(1, "A larger β gives up reward and keeps the other prompts right")
+    figure, (axis,) = axes(1, "β 0.5 gives up reward and keeps the other prompts right")
     for beta in BETAS:
         sizes, strict = (over_seeds(found, f"jpeg beta {beta}", what, where)
                          for what, where in (("size", "trained"), ("strict", "other")))
@@ -79,7 +80,7 @@ def plot_frontier(before, found):
 
 
 def plot_overoptimisation(before, found):
-    figure, (axis,) = axes(1, "What the JPEG rewards cost, and what a bound on the KL keeps (DDPO, A)")
+    figure, (axis,) = axes(1, "Smaller files cost the captions, unless a KL penalty holds them (DDPO, A)")
     start = before["all"]["trained"]
     for name in ("DDPO jpeg", "DDPO incompressibility", "DDPO jpeg kl_weight", "DDPO jpeg max_kl"):
         path = [[over_seeds(found, name, what, epoch=epoch).mean() for epoch in (*STAGES.get(name, ()), None)]

@@ -284,8 +284,8 @@ def claims(before, found):
         baseline = "the supervised " * bool(section)
         yield section, f"DPOK ends better than {baseline}{other}, strict accuracy", 0, {
             kind: versus(f"RL {kind}", f"{other} {kind}") for kind in UNSEEN}
-    yield "DPOK A.5", "DPOK ends better with its value function than with no baseline, strict accuracy", 0, {
-        "location": versus("RL location", "no value location")}
+    text = "DPOK ends better with its value function, centred, than with no baseline, strict accuracy"
+    yield "DPOK A.5", text, 0, {"location": versus("RL location", "no value location")}
     yield "DPOK Fig. 10", "DPOK raises prompts never trained on, a word apart, strict accuracy", 0, {
         kind: gained(f"RL {kind}", where="unseen") for kind in UNSEEN}
     yield "DDPO 6.3", "DDPO on `jpeg` makes files of captions never trained on smaller, kB", 0, {
@@ -319,7 +319,8 @@ def repeat(stored, again, count):
             old, mean = recorded[name][1], new[name][1].mean()
             reach = STUDENT[len(old)] * old.std(ddof=1) * (1 / len(old) + 1 / count)**0.5
             says = "within" if abs(mean - old.mean()) <= reach else "OUTSIDE"
-            print(f"{claim}, {name}: {mean:.2f}, {says} {old.mean():.2f} ± {reach:.2f}")
+            what = ", ".join(filter(None, (claim, name)))
+            print(f"{what}: {mean:.2f}, {says} {old.mean():.2f} ± {reach:.2f}")
 
 
 # ---------- the tables, as lines of text

@@ -353,7 +353,7 @@ def test_what_the_experiments_found_is_so_in_every_seed():
         assert ratios["an epoch, DDPO_IS"] <= most and ratios["sampling and updates, single_pass.py"] <= 0.75
 
 
-def test_the_pages_have_the_numbers_that_the_experiments_printed():
+def test_the_pages_have_the_numbers_that_the_experiments_printed(capsys):
     readme, page = ((folder / "README.md").read_text(encoding="utf-8") for folder in (HERE.parent, HERE))
     beside = (HERE.parent / "docs" / "dpok.md").read_text(encoding="utf-8")
     stored = read_claims()
@@ -363,6 +363,9 @@ def test_the_pages_have_the_numbers_that_the_experiments_printed():
     table = claims.claim_table(stored["pre-trained"], claims.finished(stored))
     rows = [claims.row(*line.strip("| ").split(" | ")[-4:-1]) for line in table]
     assert all(line.split(" | ")[1] in beside for line in rows if "β" in line or "value function" in line)
+    claims.repeat(stored, claims.load(HERE / "results" / "gpu.json"), 4)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 8 and [line for line in printed if f"    {line}\n" not in page] == []
     claimed = readme.partition("## What holds")[2].partition("\n## ")[0]
     shown = [line for line in claimed.splitlines() if line.startswith("| ")][1:]
     assert shown and [line for line in shown if line not in rows] == []

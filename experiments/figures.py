@@ -1,6 +1,6 @@
 """The figures of results/, from what claims.py found.
 
-    python experiments/figures.py    # once claims.py has made every run; images need its folder runs/claims/
+    python experiments/figures.py    # from results/claims.json; three more are pictures of runs in runs/claims/
 
 Plots are legible at a width of 400 pixels. Bands and bars are standard errors over the seeds.
 """
@@ -11,12 +11,10 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import claims  # noqa: E402
-from claims import BETAS, FIRST, FOLDER, KINDS, OTHER, RECORDED, STAGES, UNSEEN, WEIGHTED  # noqa: E402
+from claims import BETAS, FIRST, FOLDER, KINDS, RECORDED, STAGES, WEIGHTED  # noqa: E402
 from claims import over_seeds, standard_error  # noqa: E402
 
 matplotlib.use("Agg")
@@ -92,38 +90,13 @@ def plot_overoptimisation(before, found):
     figure.savefig(RESULTS / "overoptimisation.png", dpi=150)
 
 
-def draw_images(file, title, rows, prompts):
-    """An image of each prompt, the same seed below each other as in DPOK's Fig. 2; rows {what: a run for each
-    prompt, shown by its first seed, or None for the pre-trained model}."""
-    tiles, config = [], claims.settings("RL count")
-    for what, names in rows.items():
-        for name, prompt in zip(names, prompts):
-            pipe = claims.dpok.load_pipeline(config)
-            if name:
-                pipe.load_lora_weights(FOLDER / f"{name}-{FIRST}" / "lora")
-            image, = claims.dpok.sample(pipe, [prompt], config, [claims.dpok.generator(98, 0, 0)]).images
-            right = claims.shapes_reward.strict([image], [prompt]).item()
-            tile = ImageOps.expand(image.resize((112, 112), Image.BOX), (3, 3, 3, 42), "white")
-            text = f"{what}{', right' * int(right)}\n{textwrap.fill(prompt, 20)}"
-            ImageDraw.Draw(tile).text((3, 116), text, "black", font_size=10, spacing=1)
-            tiles.append(tile)
-    sheet = ImageOps.expand(make_image_grid(tiles, len(rows), len(prompts)), (0, 20, 0, 0), "white")
-    ImageDraw.Draw(sheet).text((4, 4), title, "black", font_size=11)
-    sheet.save(RESULTS / file)
-
-
-def draw_all_images():
-    """Figures of images, of the first seed; three are grids that the scripts left."""
-    rows = {"pre-trained": [None] * 4}
-    rows |= {method: [f"{method} {kind}" for kind in UNSEEN] for method in ("KL-O", "RL")}
-    draw_images("dpok-methods.png", "DPOK mends what supervised training leaves wrong", rows,
-                [KINDS[kind] for kind in UNSEEN])
-    rows = {"pre-trained": [None] * 4} | {f"β {beta}": [f"jpeg beta {beta}"] * 4 for beta in BETAS}
-    draw_images("dpok-beta.png", "jpeg on two red squares: what becomes of others", rows, OTHER[::2][:4])
+def copy_grids():
+    """Pictures that runs of the first seed left, where their folders are."""
     for name, picture, file in (("DDPO incompressibility", "progress", "ddpo-incompressibility"),
                                 ("DDPO jpeg kl_weight", "comparison", "ddpo-jpeg-kl"),
                                 ("RWR_sparse jpeg", "progress", "rwr-sparse-jpeg")):
-        shutil.copy(FOLDER / f"{name}-{FIRST}" / f"{picture}.png", RESULTS / f"{file}.png")
+        if (grid := FOLDER / f"{name}-{FIRST}" / f"{picture}.png").exists():
+            shutil.copy(grid, RESULTS / f"{file}.png")
 
 
 def main():
@@ -131,7 +104,7 @@ def main():
     before, found = stored["pre-trained"], claims.finished(stored)
     for plot in (plot_fig4, plot_methods, plot_frontier, plot_overoptimisation):
         plot(before, found)
-    draw_all_images()
+    copy_grids()
 
 
 if __name__ == "__main__":

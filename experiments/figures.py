@@ -1,6 +1,6 @@
 """The figures of results/, from what claims.py found.
 
-    python experiments/figures.py    # from results/claims.json; three more are pictures of runs in runs/claims/
+    python experiments/figures.py    # of results/claims.json; three are pictures of runs in runs/claims/
 
 Plots are legible at a width of 400 pixels. Bands and bars are standard errors over the seeds.
 """

@@ -149,7 +149,7 @@ def run(name, seed, folder=FOLDER, device="cpu", **more):
             log = {column: [float(value) for value in values] for column, *values in zip(*csv.reader(file))}
         last, pipe = len(log["epoch"]), dpok.load_pipeline(settings("RL count"))
         ends = [last] if script is rwr else [epoch for epoch in (last - 4, last - 2, last) if epoch > 0]
-        for epoch in (*STAGES.get(name, ()), *ends):
+        for epoch in sorted(epoch for epoch in {*STAGES.get(name, ()), *ends} if epoch <= last):
             pipe.load_lora_weights(folder / f"lora-{epoch}")  # as stock diffusers loads it
             for where, prompts in prompt_sets(kind).items():
                 if prompts and where in wanted:

@@ -1,207 +1,227 @@
-"""DPOK: Reinforcement Learning for Fine-tuning Text-to-Image Diffusion Models (Fan et al., NeurIPS 2023,
-arXiv:2305.16381v3). The MDP is DDPO's (Eq. 4), with z for the prompt c.
+"""DPOK: Reinforcement Learning for Fine-tuning Text-to-Image Diffusion Models (Fan et al.,
+NeurIPS 2023, arXiv:2305.16381v3). The Markov decision process is DDPO's (Eq. 4), with z for c.
 
-`--algo rl` is Algorithm 1: objective (8), reward and KL to the pre-trained model, by gradient (9), with the
-value function of A.5 and the clipped ratio of A.6. `--algo sft` is Algorithm 2, supervised, at equal reward
-queries. `diff ddpo.py dpok.py` shows what DPOK changes.
+`--algo rl` is Algorithm 1: it minimises objective (8), minus the reward plus the KL to the
+pre-trained model, by gradient (9), with the value function of A.5 and the clipped ratio of A.6.
+`--algo sft` is Algorithm 2, supervised training, with as many reward queries.
+`diff ddpo.py dpok.py` shows what DPOK changes.
 
-    python dpok.py         # Stable Diffusion v1.5 on a CUDA GPU, elsewhere shapes/
-    python dpok.py --help  # every setting, with the published value
+    python dpok.py         # Stable Diffusion v1.5 on a CUDA GPU; elsewhere shapes/
+    python dpok.py --help  # every setting with its published value
 
-What differs from the paper or its code, and why:
+Differences from the paper or its code:
 1. (9) leaves out the second sum of Eq. 16, in which later KLs act as rewards of earlier steps.
-2. The KL is Lemma 4.2's, as a mean over the latent, like log p (see `log_prob`). The code has the squared
-   difference of the noises, which the KL weights by 0.07 to 5.4 along 50 steps.
-3. Eq. 25, printed as an equality, holds only at theta = theta_old, with one ratio a step; so does (9), whose
-   KL is at states of theta_old. Eq. 26 has the bounds of its clip the other way round.
-4. An update is the mean over n random pairs (i, k) of its epoch (code: two), not (9)'s sum.
-5. V is fitted after the policy, so that it has not seen the rewards it is subtracted from (code: before). It
-   lags, which can give all r - V one sign: r - V is centred.
-6. Algorithm 2 was not released. Here t is any step of the sampler but the last, sigma the sampler's, f the
-   guided prediction. (12) lacks a 2 at gamma, (13) a factor of t; they are used as printed.
+2. The KL is that of Lemma 4.2, as a mean over the latent, like log p (see `log_prob`). The code has
+   the squared difference of the noises, which the KL weights by 0.07 to 5.4 along 50 steps.
+3. Eq. 25 is printed as an equality. With one ratio per step it holds only at theta_old, and so does
+   (9), whose KL is at states of theta_old. Eq. 26 has the bounds of its clip the other way round.
+4. An update is the mean over n random pairs (i, k) of its epoch (code: of two epochs), not a sum.
+5. V is fitted after the policy, so that it has not seen the rewards from which it is subtracted
+   (code: before). It then lags behind them, and all r - V may have one sign, so r - V is centred.
+6. Algorithm 2 was not released. Here t is any step of the sampler but the last, and f is the guided
+   prediction. Eq. 12 lacks a factor at gamma, Eq. 13 one that depends on t; both are as printed.
 """
+import csv
 import dataclasses
 import json
 import math
 import os
-import re
 import sys
 import textwrap
 import time
-from contextlib import contextmanager, nullcontext, suppress
-from datetime import timedelta
+from argparse import HelpFormatter
+from contextlib import contextmanager, nullcontext
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import diffusers
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageOps
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import rewards
 
-# N samples an epoch, B in one UNet call, K denoising steps, L text tokens of width E; a latent is (4, H, W).
-# t is the scheduler's timestep (981, 961, ..., 1), k the number of the step (0, 1, ..., K - 1).
+# N samples per epoch, B per UNet call, K denoising steps, L text tokens of width E. A latent is
+# (4, H, W). t is the scheduler's timestep (981, 961, ..., 1), k the step's number (0, ..., K - 1).
 
-SCRIPT, torchrun = Path(__file__).stem, os.environ if "LOCAL_RANK" in os.environ else {}
-RANK, WORLD = int(torchrun.get("RANK", 0)), int(torchrun.get("WORLD_SIZE", 1))  # this process, and how many
-
-
-def setting(default, help):
-    return dataclasses.field(default=default, metadata={"help": help})
-
+def setting(default, help: str, shown=None):
+    """Make a field of Config. `shown` is the default as --help prints it."""
+    return dataclasses.field(
+        default=default, metadata={"help": f"{help} (default: {shown or default})"})
 
 @dataclasses.dataclass
 class Config:
-    """Defaults are the paper's for one prompt (5.2, appendix B); else the released code's."""
-    model: str = setting("stable-diffusion-v1-5/stable-diffusion-v1-5", "hub id or folder; paper: v1.5")
-    reward: str = setting("imagereward", "imagereward, aesthetic, llava, jpeg, ..., file.py:function")
-    reward_options: list[str] = dataclasses.field(default_factory=list, metadata={"help": "KEY=VALUE ..."})
-    prompts: str = setting("color", "color, count, composition, location, roses, a text file, or a phrase")
-    unseen: str = setting("", "prompts to evaluate only; default: Fig. 10's")
-    algo: Literal["rl", "sft"] = setting("rl", "Algorithm 1 (rl) or 2 (sft)")
-    epochs: int = setting(2000, "paper: 2000")
-    samples_per_epoch: int = setting(10, "images an epoch, m; paper: 10")
-    updates_per_epoch: int = setting(5, "optimiser steps an epoch; paper: 5, for sft 8,000 in all")
-    update_batch: int | None = setting(None, "pairs (i, k) an update, n; paper: 32, sft 128; code: 48")
-    batch: int = setting(2, "samples or pairs of a UNet call; guidance doubles them")
+    """The settings of a run. The defaults are the paper's for one prompt (5.2, appendix B), or the
+    released code's where the paper has none."""
+    model: str = setting(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.x: hub id or folder")
+    reward: str = setting("imagereward", f"{', '.join(rewards.REWARDS)}, or FILE.py:FUNCTION")
+    reward_options: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": "options of the reward, KEY=VALUE (default: none)"})
+    prompts: str = setting("color", "color, count, composition, location, roses, file, or phrase")
+    unseen: str = setting("", "prompts that are evaluated only, given alike", "those of Fig. 10")
+    algo: Literal["rl", "sft"] = setting("rl", "Algorithm 1 (rl) or Algorithm 2 (sft)")
+    epochs: int = setting(2000, "number of epochs; paper: 2000")
+    samples_per_epoch: int = setting(10, "images sampled per epoch, m; paper: 10")
+    updates_per_epoch: int = setting(5, "optimiser steps per epoch; paper: 5, for sft 8000 in all")
+    update_batch: int | None = setting(
+        None, "pairs per update, n; paper: the default; code: 48", "32, with --algo sft 128")
+    batch: int = setting(2, "samples or pairs per UNet call; guidance doubles the rows")
     alpha: float = setting(10.0, "weight of the reward; paper: 10")
     beta: float = setting(0.01, "weight of the KL to the pre-trained model; paper: 0.01")
     value: bool = setting(True, "subtract V from the reward (A.5); code: yes")
-    value_lr: float = setting(1e-4, "of V's AdamW; paper: 1e-4")
-    value_steps: int = setting(1, "of V, an epoch; code: 1")
-    gamma: float = setting(2.0, "sft: weight of the KL, the shift of the reward; paper: 2")
-    kl_d: bool = setting(False, "sft: KL-D (Eq. 13), not 5.2's KL-O")
+    value_lr: float = setting(1e-4, "learning rate of V's AdamW; paper: 1e-4")
+    value_steps: int = setting(1, "optimiser steps of V per epoch; code: 1")
+    gamma: float = setting(2.0, "sft: weight of the KL, by which the reward is shifted; paper: 2")
+    kl_d: bool = setting(False, "sft: KL-D (Eq. 13) instead of KL-O, which section 5.2 uses")
     steps: int = setting(50, "denoising steps; code: 50")
-    guidance: float = setting(7.5, "classifier-free guidance weight w, 1: none; code: 7.5")
-    eta: float = setting(1.0, "DDIM's noise, in (0, 1]; code: 1")
-    lr: float | None = setting(None, "AdamW's; paper: 1e-5, for sft 2e-5")
-    weight_decay: float = setting(0.01, "AdamW's; paper: its default, code: 0")
-    max_grad_norm: float = setting(0.1, "to which the gradient norm is clipped; paper: 0.1")
-    clip_range: float = setting(1e-4, "of the ratio, see log_prob; paper: 1e-4")
-    advantage_clip: float = setting(0.0, "to +- this, 0: never; paper: none")
-    max_kl: float = setting(0.0, "stop once the KL's mean of 5 epochs is larger, 0: never; paper: none")
-    evaluation_images: int = setting(50, "of each prompt and model; paper: 50")
-    rank: int = setting(4, "of LoRA; code: 4")
-    seed: int = setting(0, "of everything random")
+    guidance: float = setting(7.5, "weight w of classifier-free guidance, 1 for none; code: 7.5")
+    eta: float = setting(1.0, "noise of DDIM, above 0 and at most 1; code: 1")
+    lr: float | None = setting(
+        None, "learning rate of AdamW; paper: the default", "1e-5, with --algo sft 2e-5")
+    weight_decay: float = setting(0.01, "weight decay of AdamW; paper: AdamW's default; code: 0")
+    max_grad_norm: float = setting(0.1, "norm to which the gradient is clipped; paper: 0.1")
+    clip_range: float = setting(1e-4, "clip range of the ratio, see log_prob; paper: 1e-4")
+    max_kl: float = setting(0.0, "stop when the mean KL of five epochs is above this; 0 for never")
+    evaluation_images: int = setting(50, "images per prompt and model, 0 for none; paper: 50")
+    rank: int = setting(4, "rank of LoRA; code: 4")
+    seed: int = setting(0, "random seed; the same seed gives the same run")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda, mps or cpu")
-    precision: Literal["auto", "fp16", "fp32"] = setting("auto", "auto: fp16 on CUDA; bf16 drowns the ratio")
-    gradient_checkpointing: bool = setting(False, "saves memory, costs time")
-    compile: bool = setting(False, "torch.compile the UNet")
-    sample_every: int = setting(10, "epochs between pictures")
-    out: str = setting("", "folder of the run; default: a new one in runs/")
-    resume: str = setting("", "folder of a run to continue")
+    precision: Literal["auto", "fp16", "fp32"] = setting("auto", "auto: fp16 on CUDA, else fp32")
+    gradient_checkpointing: bool = setting(False, "save memory at the cost of time")
+    compile: bool = setting(False, "compile the UNet with torch.compile")
+    sample_every: int = setting(10, "epochs between pictures, with which the LoRA is kept")
+    out: str = setting("", "folder of the run", "a new one in runs/")
+    resume: str = setting("", "folder of a run to continue", "none")
 
-    may_be_0 = "weight_decay", "alpha", "beta", "gamma", "advantage_clip", "max_kl", "seed"
-    divisors = {"batch": "samples_per_epoch", "pairs": "update_batch"}
+    script = "dpok.py"
+    shapes_settings = "shapes/dpok.json"
+    zero_allowed = ("weight_decay", "alpha", "beta", "gamma", "max_kl", "evaluation_images", "seed")
 
     def __post_init__(self):
-        name = f"{SCRIPT}-{self.reward.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.out = str(self.resume or self.out or Path("runs", name))
-        lr, pairs, low = (2e-5, 128, 1) if self.algo == "sft" else (1e-5, 32, 0)
-        self.lr = lr if self.lr is None else self.lr
-        self.update_batch = pairs if self.update_batch is None else self.update_batch
-        self.bounds = {"eta": (0, 1), "steps": (low, 500), "evaluation_images": (1, 2**31)}  # above, at most
-        load_prompts(self.unseen or self.prompts)
+        self.out, self.resume = str(self.out), str(self.resume)
+        if self.lr is None:
+            self.lr = 2e-5 if self.algo == "sft" else 1e-5
+        if self.update_batch is None:
+            self.update_batch = 128 if self.algo == "sft" else 32
+
+    def check(self):
+        """Check what concerns several settings. Raises ValueError."""
+        for name in ("samples_per_epoch", "update_batch"):
+            if getattr(self, name) % WORLD_SIZE:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be divisible by the number "
+                                 f"of processes ({WORLD_SIZE})")
+        if self.algo == "sft" and self.steps == 1:
+            raise ValueError("steps (1) must be at least 2 for algo sft, which leaves out the last")
+        if self.evaluation_images == 1:
+            raise ValueError("evaluation_images (1) must be 0, or 2 or more for a standard error")
+        if self.unseen and not self.resume:
+            load_prompts(self.unseen)
 
 
 # ---------- the MDP: one denoising step is a Gaussian (Eq. 4)
-
-def predict_noise(unet, x_t, t, cond, uncond, guidance):
-    """Classifier-free guidance (DDPO Eq. 3): w eps(x_t, t, c) + (1 - w) eps(x_t, t) -> (B, 4, H, W) float32;
-    x_t (B, 4, H, W), t (B,) with a timestep for each, cond (B, L, E), uncond (1, L, E)."""
+def predict_noise(unet: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor,
+                  guidance: float) -> Tensor:
+    """Predict the noise with guidance (DDPO Eq. 3), w eps(x_t, t, c) + (1 - w) eps(x_t, t).
+    x_t (B, 4, H, W) float32, t (B,), cond (B, L, E), uncond (1, L, E) -> (B, 4, H, W) float32."""
     dtype = unet.conv_in.weight.dtype
     if guidance == 1:
         return unet(x_t.to(dtype), t, cond.to(dtype)).sample.float()
-    x_t, t, text = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([uncond.expand_as(cond), cond])
+    x_t = torch.cat([x_t, x_t])
+    t = torch.cat([t, t])
+    text = torch.cat([uncond.expand_as(cond), cond])
     eps_uncond, eps_cond = unet(x_t.to(dtype), t, text.to(dtype)).sample.float().chunk(2)
     return eps_uncond + guidance * (eps_cond - eps_uncond)
 
-
-def step_distribution(scheduler, eps, t, x_t, eta=1.0):
-    """p_theta(x_{t-1} | x_t, c) = N(mean, sigma^2 I) of DDIM (arXiv:2010.02502, Eq. 12 and 16)
-    -> mean (B, 4, H, W), sigma (B, 1, 1, 1); t (B,).
+def step_distribution(scheduler, eps: Tensor, t: Tensor, x_t: Tensor, eta: float = 1.0):
+    """Compute DDIM's p_theta(x_{t-1} | x_t, c) = N(mean, sigma^2 I) (arXiv:2010.02502, Eq. 12, 16).
 
     sigma = eta sqrt((1 - abar_prev) / (1 - abar_t) (1 - abar_t / abar_prev))
     mean  = sqrt(abar_prev) x0_pred + sqrt(1 - abar_prev - sigma^2) eps
-    """
-    table = scheduler.alphas_cumprod.to(x_t.device)
-    prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps  # at the end abar_0
-    abar_t, abar_prev = table[t].view(-1, 1, 1, 1), table[prev.clamp(min=0)].view(-1, 1, 1, 1)
+
+    eps, x_t (B, 4, H, W) float32, t (B,) -> mean (B, 4, H, W), sigma (B, 1, 1, 1)."""
+    abar = scheduler.alphas_cumprod.to(x_t.device)
+    t_prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    abar_t = abar[t].view(-1, 1, 1, 1)
+    abar_prev = abar[t_prev.clamp(min=0)].view(-1, 1, 1, 1)  # the last step ends at abar_0 < 1
     x0_pred = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
     sigma = eta * ((1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)).sqrt()
-    return abar_prev.sqrt() * x0_pred + (1 - abar_prev - sigma**2).sqrt() * eps, sigma
+    mean = abar_prev.sqrt() * x0_pred + (1 - abar_prev - sigma**2).sqrt() * eps
+    return mean, sigma
 
-
-def policy(pipe, x_t, t, cond, uncond, config):
-    """p_theta(x_{t-1} | x_t, c) at B states (x_t, t, c) -> mean (B, 4, H, W), sigma (B, 1, 1, 1)."""
+def policy(pipe, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, config: Config):
+    """Compute p_theta(x_{t-1} | x_t, c) at B states -> mean (B, 4, H, W), sigma (B, 1, 1, 1)."""
     eps = predict_noise(pipe.unet, x_t, t, cond, uncond, config.guidance)
     return step_distribution(pipe.scheduler, eps, t, x_t, config.eta)
 
+def log_prob(x_prev: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
+    """Compute log N(x_{t-1}; mean, sigma^2), averaged over the D numbers of a latent -> (B,).
 
-def log_prob(x_prev, mean, sigma):
-    """log N(x_{t-1}; mean, sigma^2), as the mean over the D numbers of a latent -> (B,).
-
-    The paper's density is the sum. With the mean, as in the authors' code, exp(log_prob - log_prob_old) is
-    the D-th root of the true ratio: for D = 16,384 a clip range of 1e-4 is true ratios from 0.19 to 5.1.
-    """
+    The paper's density is the sum. With the mean, as in the authors' code, the exponential of
+    log_prob - log_prob_old is the D-th root of the true ratio. For D = 16,384, a clip range of 1e-4
+    allows true ratios from 0.19 to 5.15."""
     density = -((x_prev - mean) ** 2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)
 
-
-def kl_divergence(mean, mean_pre, sigma):
-    """KL(N(mean, sigma^2) || N(mean_pre, sigma^2)) = (mean - mean_pre)^2 / (2 sigma^2), averaged -> (B,)."""
+def kl_divergence(mean: Tensor, mean_pre: Tensor, sigma: Tensor) -> Tensor:
+    """Compute KL(N(mean, sigma^2) || N(mean_pre, sigma^2)) = (mean - mean_pre)^2 / (2 sigma^2),
+    averaged over the latent -> (B,)."""
     return ((mean - mean_pre) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
-
 
 @dataclasses.dataclass
 class Rollout:
     """N trajectories x_T, ..., x_0 sampled by the old policy."""
-    prompts: list            # N texts
-    cond: torch.Tensor       # (N, L, E) c, their embeddings
-    uncond: torch.Tensor     # (1, L, E) that of the empty prompt
-    timesteps: torch.Tensor  # (K,) t, descending
-    latents: torch.Tensor    # (N, K + 1, 4, H, W) float32: x_t is [:, k], x_{t-1} is [:, k + 1]
-    log_probs: torch.Tensor  # (N, K) log p(x_{t-1} | x_t, c) under the old policy
-    images: list             # N PIL images
+    prompts: list[str]  # N
+    cond: Tensor        # (N, L, E) c, the embeddings of the prompts
+    uncond: Tensor      # (1, L, E) the embedding of the empty prompt
+    timesteps: Tensor   # (K,) t, descending
+    latents: Tensor     # (N, K + 1, 4, H, W) float32: x_t is [:, k], x_{t-1} is [:, k + 1]
+    log_probs: Tensor   # (N, K) log p(x_{t-1} | x_t, c) under the old policy
+    images: list        # N PIL images
 
-
-def generator(seed, epoch, i):
-    """For sample i of an epoch, whatever its batch or process; so resuming needs no random state."""
+def generator(seed: int, epoch: int, i: int) -> torch.Generator:
+    """Make the generator of sample i of an epoch; so a resumed run needs no random state."""
     return torch.Generator().manual_seed((seed * 2_654_435_761 + epoch * 1_000_003 + i) % 2**32)
 
-
 @torch.no_grad()
-def sample(pipe, prompts, config, generators):
-    """Roll the policy out: x_T ~ N(0, I), K actions x_{t-1} ~ p_theta(x_{t-1} | x_t, c), then the decoder."""
+def sample(pipe, prompts: list, config: Config, generators: list, title="sampling") -> Rollout:
+    """Sample x_T ~ N(0, I) and K actions x_{t-1} ~ p_theta(x_{t-1} | x_t, c), and decode x_0.
+    `generators` has one for each of the N prompts. Raises ValueError for non-finite numbers."""
     pipe.scheduler.set_timesteps(config.steps, device=pipe.device)
-    N, K, size, timesteps = len(prompts), config.steps, pipe.unet.config.sample_size, pipe.scheduler.timesteps
-    cond, uncond = (pipe.encode_prompt(texts, pipe.device, 1, False)[0] for texts in (prompts, [""]))
+    timesteps = pipe.scheduler.timesteps
+    N, K = len(prompts), config.steps
+    size = pipe.unet.config.sample_size
+    cond = encode_prompts(pipe, prompts)
+    uncond = encode_prompts(pipe, [""])
     latents = torch.empty(N, K + 1, 4, size, size, device=pipe.device)
-    log_probs, images = torch.empty(N, K, device=pipe.device), []
-    for first in tqdm(range(0, N, config.batch), "sampling", leave=False):
-        i = slice(first, first + config.batch)  # B samples
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators[i]])
-        noise = noise.to(pipe.device)  # (B, K + 1, 4, H, W)
-        latents[i, 0] = noise[:, 0]  # x_T
-        for k, t in enumerate(timesteps):
-            mean, sigma = policy(pipe, latents[i, k], t.expand(len(noise)), cond[i], uncond, config)
-            latents[i, k + 1] = mean + sigma * noise[:, k + 1]  # the action, x_{t-1}
-            log_probs[i, k] = log_prob(latents[i, k + 1], mean, sigma)
-        x_0 = latents[i, K].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-        images += pipe.image_processor.postprocess(pipe.vae.decode(x_0).sample.float())
+    log_probs = torch.empty(N, K, device=pipe.device)
+    images = []
+    with tqdm(total=N, desc=title, leave=False, disable=RANK > 0) as bar:
+        for start in range(0, N, config.batch):
+            i = slice(start, start + config.batch)  # B samples; the last chunk may be smaller
+            noise = [torch.randn(latents.shape[1:], generator=g) for g in generators[i]]
+            noise = torch.stack(noise).to(pipe.device)  # (B, K + 1, 4, H, W)
+            latents[i, 0] = noise[:, 0]  # x_T
+            for k, t in enumerate(timesteps):
+                t = t.expand(len(noise))  # (B,)
+                mean, sigma = policy(pipe, latents[i, k], t, cond[i], uncond, config)
+                latents[i, k + 1] = mean + sigma * noise[:, k + 1]  # the action x_{t-1}
+                log_probs[i, k] = log_prob(latents[i, k + 1], mean, sigma)
+            images += decode(pipe, latents[i, K])
+            bar.update(len(noise))
     return Rollout(prompts, cond, uncond, timesteps, latents, log_probs, images)
 
-
 class ValueNetwork(nn.Module):
-    """V(x_t, z, k), the reward expected at x_t (Eq. 23): the code's three layers of 256, gated by step."""
+    """V(x_t, z, k), the reward expected at x_t (Eq. 23), as in the released code: three layers of
+    256, gated by the step."""
 
-    def __init__(self, latent_shape, text_dim, steps, width=256):
+    def __init__(self, latent_shape: tuple, text_dim: int, steps: int, width: int = 256):
         super().__init__()
         inputs = [math.prod(latent_shape) + text_dim, width, width]
         self.layers = nn.ModuleList(nn.Linear(n, width) for n in inputs)
@@ -210,43 +230,42 @@ class ValueNetwork(nn.Module):
         for gate in self.gates:
             nn.init.ones_(gate.weight)
 
-    def forward(self, x_t, z, k):
-        """x_t (B, 4, H, W), z (B, text_dim), k (B,) step numbers -> (B,)."""
+    def forward(self, x_t: Tensor, z: Tensor, k: Tensor) -> Tensor:
+        """x_t (B, 4, H, W), z (B, text_dim), the numbers of the steps k (B,) -> (B,)."""
         h = torch.cat([x_t.flatten(1), z], 1)
         for layer, gate in zip(self.layers, self.gates):
-            h = F.relu(layer(h) * gate(k))
+            h = nn.functional.relu(layer(h) * gate(k))
         return self.last(h)[:, 0]
 
 
-# ---------- losses, at B pairs (i, k); inputs (B,)
+# ---------- losses at B pairs (i, k) of a sample and a step; inputs are (B,) or latents
+def policy_loss(log_prob: Tensor, log_prob_old: Tensor, advantage: Tensor,
+                clip_range: float) -> tuple[Tensor, dict]:
+    """Compute the loss of Eq. 26, -E[ (r - V) clip(ratio, 1 - epsilon, 1 + epsilon) ], with
+    ratio = p_theta / p_theta_old and the advantage r - V.
 
-def policy_loss(log_prob, log_prob_old, advantage, clip_range):
-    """Eq. 26: -E[ (r - V) clip(ratio, 1 - epsilon, 1 + epsilon) ], ratio = p_theta / p_theta_old.
-
-    Without PPO's min: outside the band the gradient is 0 on both sides, whatever the sign of r - V. At
-    theta = theta_old the gradient is that of Lemma 4.1, Eq. 6, with r - V for r.
-    """
+    PPO's min is missing: outside the band the gradient is 0 on both sides, whatever the sign of
+    r - V. At theta = theta_old the gradient is that of Lemma 4.1, Eq. 6, with r - V for r."""
     ratio = (log_prob - log_prob_old).exp()
     loss = -(advantage * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
     deviation = (ratio.detach() - 1).abs()
-    return loss, {"ratio_mean": ratio.detach().mean(), "ratio_deviation": deviation.max(),
-                  "clipped": (deviation > clip_range).float().mean()}  # the share of pairs without a gradient
+    info = {"ratio_mean": ratio.detach().mean(), "ratio_deviation": deviation.max(),
+            "clipped": (deviation > clip_range).float().mean()}  # the share without gradient
+    return loss, info
 
-
-def predict_x0(scheduler, eps, t, x_t):
-    """f_theta(x_t, t, z), the predicted x_0: (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t) -> (B, 4, H, W)."""
+def predict_x0(scheduler, eps: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
+    """Predict x_0, f_theta(x_t, t, z) = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)."""
     abar_t = scheduler.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1)
     return (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
 
+def supervised_loss(x0_pred: Tensor, x0: Tensor, reward: Tensor, sigma: Tensor, gamma: float,
+                    x0_pre: Tensor | None = None) -> tuple[Tensor, dict]:
+    """Compute the loss of KL-D (Eq. 13), (r + gamma) ||x_0 - f_theta||^2 / (2 sigma^2) or, with
+    x0_pre = f_pre, of KL-O, (r ||x_0 - f_theta||^2 + gamma ||f_pre - f_theta||^2) / (2 sigma^2).
 
-def supervised_loss(x0_pred, x0, reward, sigma, gamma, x0_pre=None):
-    """KL-D (Eq. 13): (r + gamma) ||x_0 - f_theta||^2 / (2 sigma^2). With x0_pre, which is f_pre, KL-O:
-    (r ||x_0 - f_theta||^2 + gamma ||f_pre - f_theta||^2) / (2 sigma^2).
-
-    x0_pred = f_theta, x0, x0_pre (B, 4, H, W), sigma (B, 1, 1, 1), reward (B,); norms are means over the
-    latent; pairs with r + gamma < 0 count 0 (appendix B).
-    """
-    error = kl_divergence(x0_pred, x0, sigma)  # their squared distance over 2 sigma^2
+    x0_pred = f_theta, x0, x0_pre (B, 4, H, W), sigma (B, 1, 1, 1). Norms are means over the latent.
+    Pairs with r + gamma < 0 count as 0 (appendix B)."""
+    error = kl_divergence(x0_pred, x0, sigma)  # the squared distance over 2 sigma^2
     loss = (reward + gamma) * error
     if x0_pre is not None:
         loss = reward * error + gamma * kl_divergence(x0_pred, x0_pre, sigma)
@@ -255,183 +274,227 @@ def supervised_loss(x0_pred, x0, reward, sigma, gamma, x0_pre=None):
 
 
 # ---------- Algorithm 1: reinforcement learning with KL
-
-def train(config):
-    """Algorithm 1, to the last epoch or the bound on the KL -> run's folder. Raises ValueError."""
-    pipe, all_prompts, reward_fn = prepare(config)
-    lora = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))  # p_theta = p_pre
-    optimizer = torch.optim.AdamW(lora, config.lr, weight_decay=config.weight_decay)
-    scaler = torch.amp.GradScaler(pipe.device.type, enabled=pipe.unet.dtype == torch.float16)
-    torch.manual_seed(config.seed)
-    size, text_dim = pipe.unet.config.sample_size, pipe.text_encoder.config.hidden_size
-    value = ValueNetwork((4, size, size), text_dim, config.steps).to(pipe.device)
-    value_optimizer = torch.optim.AdamW(value.parameters(), config.value_lr)
-    parts = dict(lora=nn.ParameterList(lora), optimizer=optimizer, scaler=scaler, value=value,
-                 value_optimizer=value_optimizer)
-    folder, log = start_run(pipe, all_prompts, reward_fn, config, parts)  # log: a row for each epoch
-    N, K, mine = config.samples_per_epoch, config.steps, slice(RANK, None, WORLD)
-
-    while not finished(log, config):
-        epoch, started, infos, norms, fit = len(log) + 1, time.time(), [], [], {}
-        rng = generator(config.seed, epoch, N)  # samples: 0 to N - 1
-        prompts = [all_prompts[i] for i in torch.randint(len(all_prompts), (N,), generator=rng)]  # z ~ p(z)
-        generators = [generator(config.seed, epoch, i) for i in range(RANK, N, WORLD)]
-        rollout = sample(pipe, prompts[mine], config, generators)  # x_{0:T} ~ p_theta_old
-        reward = gather(reward_fn(rollout.images, rollout.prompts)).to(pipe.device)  # r(x_0, z), (N,)
-        latents, log_probs, cond = gather(rollout.latents), gather(rollout.log_probs), gather(rollout.cond)
-        advantage = reward[:, None].expand(N, K)
-        if config.value:
-            states = value_states(pipe, prompts, latents)
-            advantage = advantage - value(*states).detach().view(N, K)  # r - V(x_t, z, k) (A.5)
-            fit["value_error"] = advantage.square().mean().item()
-            advantage = advantage - advantage.mean()
-        clip = config.advantage_clip or math.inf
-        advantage = advantage.clamp(-clip, clip)
-
-        for pairs in draw_pairs(N, K, config, rng):  # one optimiser step on each n
-            for i, k in (chunk.T for chunk in pairs[RANK::WORLD].to(pipe.device).split(config.batch)):
-                state = latents[i, k], rollout.timesteps[k], cond[i], rollout.uncond
-                mean, sigma = policy(pipe, *state, config)
-                new, old = log_prob(latents[i, k + 1], mean, sigma), log_probs[i, k]
-                loss, info = policy_loss(new, old, advantage[i, k], config.clip_range)
-                loss = config.alpha * loss
-                if config.beta:
-                    with torch.no_grad(), pretrained(pipe.unet):
-                        mean_pre, _ = policy(pipe, *state, config)
-                    loss = loss + config.beta * kl_divergence(mean, mean_pre, sigma).mean()  # Eq. 9
-                scaler.scale(loss * len(i) / len(pairs)).backward()  # sums to the mean over n pairs
-                infos.append({"update": len(norms), "pairs": len(i), **info})
-            norms.append(optimizer_step(lora, optimizer, scaler, config))
-        for _ in range(config.value_steps if config.value else 0):  # Eq. 24
-            F.mse_loss(value(*states), reward.repeat_interleave(K)).backward()
-            value_optimizer.step()
-            value_optimizer.zero_grad()
-
-        log.append({"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(),
-                    "reward_std": reward.std(correction=0).item(), **summary(infos, norms, started), **fit,
-                    "kl": kl_to_pretrained(pipe, rollout, config, rng)})
-        del rollout, latents  # makes room for the next
-        if RANK == 0:
-            if finished(log, config) or epoch % config.sample_every == 0:
-                draw_samples(pipe, all_prompts, reward_fn, config, folder, epoch)
-            save_run(folder, log, pipe.unet, parts)
-    if RANK == 0:
-        evaluate(pipe, all_prompts, reward_fn, config, folder)
-        draw_progress(folder)
-    return folder
-
-
-def draw_pairs(samples, steps, config, rng):
-    """The n random pairs (i, k) of each update; none twice before all are used."""
-    pairs = torch.cartesian_prod(torch.arange(samples), torch.arange(steps))
-    needed = config.updates_per_epoch * config.update_batch
-    order = torch.cat([torch.randperm(len(pairs), generator=rng) for _ in range(0, needed, len(pairs))])
-    return pairs[order[:needed]].split(config.update_batch)
-
-
-def value_states(pipe, prompts, latents):
-    """All states of an epoch: x_t (N K, 4, H, W), z (N K, E) the pooled text embedding, k (N K,)."""
-    ids = pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    z = pipe.text_encoder(ids.to(pipe.device)).pooler_output.float()
-    x_t, (N, K) = latents[:, :-1], (len(latents), latents.shape[1] - 1)
-    return x_t.flatten(0, 1), z.repeat_interleave(K, 0), torch.arange(K, device=z.device).repeat(N)
-
-
-# ---------- Algorithm 2: supervised learning with KL
-
-def train_supervised(config):
-    """Algorithm 2, to the last epoch or the bound on the KL -> run's folder. Raises ValueError."""
+def train(config: Config) -> Path:
+    """Train until `epochs` or `max_kl` is reached -> the run's folder. Raises ValueError."""
+    if config.algo == "sft":
+        return train_supervised(config)
     pipe, all_prompts, reward_fn = prepare(config)
     lora = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))
     optimizer = torch.optim.AdamW(lora, config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(pipe.device.type, enabled=pipe.unet.dtype == torch.float16)
-    parts = dict(lora=nn.ParameterList(lora), optimizer=optimizer, scaler=scaler)
-    folder, log = start_run(pipe, all_prompts, reward_fn, config, parts)
-    images, prompt, reward = draw_data(pipe, all_prompts, reward_fn, config, folder)  # M of p_pre, once
-    cond, uncond = (pipe.encode_prompt(texts, pipe.device, 1, False)[0] for texts in (all_prompts, [""]))
+    torch.manual_seed(config.seed)
+    size, text_dim = pipe.unet.config.sample_size, pipe.text_encoder.config.hidden_size
+    value_network = ValueNetwork((4, size, size), text_dim, config.steps).to(pipe.device)
+    value_optimizer = torch.optim.AdamW(value_network.parameters(), config.value_lr)
+    run = start_run(config, pipe, all_prompts, reward_fn, lora=nn.ParameterList(lora),
+                    optimizer=optimizer, scaler=scaler, value=value_network,
+                    value_optimizer=value_optimizer)
+    plan_evaluation(run)
+    N, K = config.samples_per_epoch, config.steps
+    local = slice(RANK, N, WORLD_SIZE)  # the samples of this process
+
+    while not finished(run.log, config):
+        epoch = len(run.log) + 1
+        start_time = time.time()
+        rng = generator(config.seed, epoch, N)  # samples have the numbers 0 to N - 1
+
+        # 1. Sample: prompts z ~ p(z) and, for each, a trajectory x_{0:T} of the policy theta_old
+        prompts = [all_prompts[j] for j in torch.randint(len(all_prompts), (N,), generator=rng)]
+        generators = [generator(config.seed, epoch, i) for i in range(N)]
+        rollout = sample(pipe, prompts[local], config, generators[local])
+        latents, log_probs = gather(rollout.latents), gather(rollout.log_probs)
+        cond = gather(rollout.cond)
+
+        # 2. Score: the reward r(x_0, z) of each image
+        reward = gather(reward_fn(rollout.images, rollout.prompts)).to(pipe.device)  # (N,)
+
+        # 3. Advantages: r - V(x_t, z, k), with its mean taken off (A.5)
+        advantage = reward[:, None].expand(N, K)
+        fit = {}
+        if config.value:
+            states = value_states(pipe, prompts, latents)
+            advantage = advantage - value_network(*states).detach().view(N, K)
+            fit["value_error"] = advantage.square().mean().item()
+            advantage = advantage - advantage.mean()
+
+        # 4. Update: one optimiser step per n random pairs (i, k), by Eq. 9
+        infos, grad_norms = [], []
+        n = config.updates_per_epoch * config.update_batch // WORLD_SIZE  # pairs of this process
+        with tqdm(total=n, desc="updates", leave=False, disable=RANK > 0) as bar:
+            for pairs in choose_pairs(N, K, config, rng):
+                for chunk in pairs[RANK::WORLD_SIZE].to(pipe.device).split(config.batch):
+                    i, k = chunk.unbind(1)  # the numbers of samples and steps, (B,) each
+                    x_t, x_prev = latents[i, k], latents[i, k + 1]
+                    state = x_t, rollout.timesteps[k], cond[i], rollout.uncond
+                    mean, sigma = policy(pipe, *state, config)
+                    log_prob_new = log_prob(x_prev, mean, sigma)
+                    log_prob_old = log_probs[i, k]
+                    loss, info = policy_loss(
+                        log_prob_new, log_prob_old, advantage[i, k], config.clip_range)
+                    loss = config.alpha * loss
+                    if config.beta:
+                        with torch.no_grad(), pretrained(pipe.unet):
+                            mean_pre, _ = policy(pipe, *state, config)
+                        loss = loss + config.beta * kl_divergence(mean, mean_pre, sigma).mean()
+                    share = len(chunk) / len(pairs)  # of the mean over the update's pairs
+                    scaler.scale(loss * share).backward()
+                    infos.append({"update": len(grad_norms), "pairs": len(chunk), **info})
+                    bar.update(len(chunk))
+                grad_norms.append(optimizer_step(lora, optimizer, scaler, config))
+
+        # 5. Fit V to the rewards (Eq. 24)
+        if config.value:
+            for _ in range(config.value_steps):
+                predicted = value_network(*states)
+                nn.functional.mse_loss(predicted, reward.repeat_interleave(K)).backward()
+                value_optimizer.step()
+                value_optimizer.zero_grad()
+
+        # 6. Log and save
+        row = {"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(),
+               "reward_std": reward.std(correction=0).item(),
+               **summary(infos, grad_norms, start_time), **fit,
+               "kl": kl_to_pretrained(pipe, rollout, config, rng)}
+        del rollout, latents  # makes room for the next
+        end_epoch(run, row)
+    evaluate(run)
+    end_run(run)
+    return run.folder
+
+def choose_pairs(samples: int, steps: int, config: Config, rng: torch.Generator) -> tuple:
+    """Choose the n random pairs (i, k) of each update, none twice before all are used."""
+    pairs = torch.cartesian_prod(torch.arange(samples), torch.arange(steps))
+    needed = config.updates_per_epoch * config.update_batch
+    rounds = math.ceil(needed / len(pairs))
+    order = torch.cat([torch.randperm(len(pairs), generator=rng) for _ in range(rounds)])
+    return pairs[order[:needed]].split(config.update_batch)
+
+def value_states(pipe, prompts: list, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """List an epoch's states: x_t (N K, 4, H, W), pooled text embeddings z (N K, E), k (N K,)."""
+    N, K = len(latents), latents.shape[1] - 1
+    tokens = pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+    z = pipe.text_encoder(tokens.input_ids.to(pipe.device)).pooler_output.float()
+    k = torch.arange(K, device=z.device).repeat(N)
+    return latents[:, :-1].flatten(0, 1), z.repeat_interleave(K, 0), k
+
+
+# ---------- Algorithm 2: supervised learning with KL
+def train_supervised(config: Config) -> Path:
+    """Train until `epochs` or `max_kl` is reached -> the run's folder. Raises ValueError."""
+    if config.algo != "sft":
+        raise ValueError(f"algo ({config.algo!r}) must be 'sft' for Algorithm 2")
+    pipe, all_prompts, reward_fn = prepare(config)
+    lora = add_lora(pipe.unet, config.rank, torch.Generator().manual_seed(config.seed))
+    optimizer = torch.optim.AdamW(lora, config.lr, weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(pipe.device.type, enabled=pipe.unet.dtype == torch.float16)
+    run = start_run(config, pipe, all_prompts, reward_fn, lora=nn.ParameterList(lora),
+                    optimizer=optimizer, scaler=scaler)
+    plan_evaluation(run)
+
+    # 1. Sample M images from p_pre, once, and score them
+    images, prompt_index, reward = sample_data(run)
+    cond = encode_prompts(pipe, all_prompts)
+    uncond = encode_prompts(pipe, [""])
     pipe.scheduler.set_timesteps(config.steps, device=pipe.device)
 
-    while not finished(log, config):
-        epoch, started, infos, norms = len(log) + 1, time.time(), [], []
+    while not finished(run.log, config):
+        epoch = len(run.log) + 1
+        start_time = time.time()
         rng = generator(config.seed, config.epochs + epoch, 0)
-        for pairs in draw_pairs(len(images), config.steps - 1, config, rng):  # n images at any t > 1
-            noises = torch.randn(len(pairs), *images.shape[1:], generator=rng)[RANK::WORLD]
-            for pair, noise in zip(pairs[RANK::WORLD].split(config.batch), noises.split(config.batch)):
-                i, k = pair.T  # (B,) and (B,)
-                x_0, t = images[i].to(pipe.device), pipe.scheduler.timesteps[k]
-                x_t = pipe.scheduler.add_noise(x_0, noise.to(pipe.device), t)  # q(x_t | x_0)
-                state = x_t, t, cond[prompt[i]], uncond, config.guidance
-                eps = predict_noise(pipe.unet, *state)
-                mean, sigma = step_distribution(pipe.scheduler, eps, t, x_t, config.eta)
-                with torch.no_grad(), pretrained(pipe.unet):
-                    eps_pre = predict_noise(pipe.unet, *state)
-                    mean_pre, _ = step_distribution(pipe.scheduler, eps_pre, t, x_t, config.eta)
-                x0_pred = predict_x0(pipe.scheduler, eps, t, x_t)  # f_theta
-                x0_pre = None if config.kl_d else predict_x0(pipe.scheduler, eps_pre, t, x_t)  # f_pre
-                loss, info = supervised_loss(x0_pred, x_0, reward[i].to(x_0), sigma, config.gamma, x0_pre)
-                info["kl"] = kl_divergence(mean.detach(), mean_pre, sigma).mean()
-                scaler.scale(loss * len(i) / len(pairs)).backward()
-                infos.append({"update": len(norms), "pairs": len(i), **info})
-            norms.append(optimizer_step(lora, optimizer, scaler, config))
 
-        log.append({"epoch": epoch, "reward_queries": len(images), "reward_mean": reward.mean().item(),
-                    "reward_std": reward.std(correction=0).item(), **summary(infos, norms, started)})
-        if RANK == 0:
-            if finished(log, config) or epoch % config.sample_every == 0:
-                draw_samples(pipe, all_prompts, reward_fn, config, folder, epoch)
-            save_run(folder, log, pipe.unet, parts)
-    if RANK == 0:
-        evaluate(pipe, all_prompts, reward_fn, config, folder)
-        draw_progress(folder)
-    return folder
+        # 2. Update: one optimiser step per n images, each noised to a random t > 1
+        infos, grad_norms = [], []
+        n = config.updates_per_epoch * config.update_batch // WORLD_SIZE  # pairs of this process
+        with tqdm(total=n, desc="updates", leave=False, disable=RANK > 0) as bar:
+            for pairs in choose_pairs(len(images), config.steps - 1, config, rng):
+                noises = torch.randn(len(pairs), *images.shape[1:], generator=rng)[RANK::WORLD_SIZE]
+                chunks = pairs[RANK::WORLD_SIZE].split(config.batch)
+                for chunk, noise in zip(chunks, noises.split(config.batch)):
+                    i, k = chunk.unbind(1)  # the numbers of images and steps, (B,) each
+                    x_0, t = images[i].to(pipe.device), pipe.scheduler.timesteps[k]
+                    x_t = pipe.scheduler.add_noise(x_0, noise.to(pipe.device), t)  # q(x_t | x_0)
+                    state = x_t, t, cond[prompt_index[i]], uncond, config.guidance
+                    eps = predict_noise(pipe.unet, *state)
+                    mean, sigma = step_distribution(pipe.scheduler, eps, t, x_t, config.eta)
+                    with torch.no_grad(), pretrained(pipe.unet):
+                        eps_pre = predict_noise(pipe.unet, *state)
+                        mean_pre, _ = step_distribution(pipe.scheduler, eps_pre, t, x_t, config.eta)
+                    x0_pred = predict_x0(pipe.scheduler, eps, t, x_t)  # f_theta
+                    f_pre = predict_x0(pipe.scheduler, eps_pre, t, x_t)
+                    x0_pre = None if config.kl_d else f_pre
+                    loss, info = supervised_loss(
+                        x0_pred, x_0, reward[i].to(x_0), sigma, config.gamma, x0_pre)
+                    info["kl"] = kl_divergence(mean.detach(), mean_pre, sigma).mean()
+                    share = len(chunk) / len(pairs)  # of the mean over the update's pairs
+                    scaler.scale(loss * share).backward()
+                    infos.append({"update": len(grad_norms), "pairs": len(chunk), **info})
+                    bar.update(len(chunk))
+                grad_norms.append(optimizer_step(lora, optimizer, scaler, config))
+
+        # 3. Log and save
+        row = {"epoch": epoch, "reward_queries": len(images), "reward_mean": reward.mean().item(),
+               "reward_std": reward.std(correction=0).item(),
+               **summary(infos, grad_norms, start_time)}
+        end_epoch(run, row)
+    evaluate(run)
+    end_run(run)
+    return run.folder
+
+def sample_data(run: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample and score as many images of p_pre as Algorithm 1 does, or take those that data/ keeps
+    -> x_0 (M, 4, H, W), the number of the prompt (M,), reward (M,)."""
+    config, epochs = run.config, []
+    N = config.samples_per_epoch
+    with tqdm(total=config.epochs, desc="data", leave=False, disable=RANK > 0) as bar:
+        for epoch in range(1, config.epochs + 1):
+            file = run.folder / "data" / f"epoch_{epoch:04d}.pt"
+            if file.exists():
+                epochs.append(torch.load(file, weights_only=True))
+            else:
+                rng = generator(config.seed, epoch, N)
+                prompt_index = torch.randint(len(run.prompts), (N,), generator=rng)  # z ~ p(z)
+                prompts = [run.prompts[j] for j in prompt_index[RANK::WORLD_SIZE]]
+                generators = [generator(config.seed, epoch, i) for i in range(RANK, N, WORLD_SIZE)]
+                with pretrained(run.pipe.unet):
+                    rollout = sample(run.pipe, prompts, config, generators)
+                x_0 = gather(rollout.latents[:, -1].contiguous()).cpu()
+                epochs.append((x_0, prompt_index, gather(run.reward_fn(rollout.images, prompts))))
+                if RANK == 0:
+                    file.parent.mkdir(exist_ok=True)
+                    with rewards.replacing(file) as part:
+                        torch.save(epochs[-1], part)
+            bar.update(1)
+    x_0, prompt_index, reward = zip(*epochs)
+    return torch.cat(x_0), torch.cat(prompt_index), torch.cat(reward)
 
 
-def draw_data(pipe, all_prompts, reward_fn, config, folder):
-    """As many images of p_pre as Algorithm 1 draws, and their rewards; each epoch's kept in data/ for
-    --resume -> x_0 (M, 4, H, W), number of the prompt (M,), reward (M,), on the CPU."""
-    N, epochs = config.samples_per_epoch, []
-    for epoch in tqdm(range(1, config.epochs + 1), "data"):
-        file = folder / "data" / f"epoch_{epoch:04d}.pt"
-        if file.exists():
-            epochs.append(torch.load(file, weights_only=True))
-            continue
-        prompt = torch.randint(len(all_prompts), (N,), generator=generator(config.seed, epoch, N))  # z ~ p(z)
-        prompts = [all_prompts[j] for j in prompt[RANK::WORLD]]
-        generators = [generator(config.seed, epoch, i) for i in range(RANK, N, WORLD)]
-        with pretrained(pipe.unet):
-            rollout = sample(pipe, prompts, config, generators)
-        x_0 = gather(rollout.latents[:, -1].contiguous()).cpu()
-        epochs.append((x_0, prompt, gather(reward_fn(rollout.images, rollout.prompts))))
-        if RANK == 0:
-            file.parent.mkdir(exist_ok=True)
-            torch.save(epochs[-1], file.with_suffix(".part"))
-            os.replace(file.with_suffix(".part"), file)
-    return [torch.cat(part) for part in zip(*epochs)]
-
-
-def optimizer_step(lora, optimizer, scaler, config):
-    """AdamW on the gradient of all processes, its norm clipped -> that norm. Where fp16 overflows, GradScaler
-    lowers its scale and skips the step; else a non-finite gradient raises ValueError."""
-    for parameter in lora if WORLD > 1 else ():
-        dist.all_reduce(parameter.grad)
+# ========== the paper ends here
+def optimizer_step(lora: list, optimizer, scaler, config: Config) -> float:
+    """Clip the gradient of all processes and make a step, which GradScaler skips if fp16 overflows
+    -> the gradient's norm. Raises ValueError for any other non-finite gradient."""
+    if WORLD_SIZE > 1:
+        for parameter in lora:
+            dist.all_reduce(parameter.grad)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(lora, config.max_grad_norm).item()
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
-        raise ValueError(f"the gradient is {norm}; try an lr below {config.lr:g}")
+        raise ValueError(f"the norm of the gradient is {norm}; try an lr below {config.lr:g}")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     return norm
 
-
 @torch.no_grad()
-def kl_to_pretrained(pipe, rollout, config, rng):
-    """The KL of a step to the pre-trained policy, at states of the old one, each step equally often and the
-    same pairs on several processes -> float. Raises ValueError if it is non-finite."""
-    N, K, total = len(rollout.prompts) * WORLD, config.steps, torch.zeros(1, device=pipe.device)
-    steps = torch.randperm(K * math.ceil(N / K), generator=rng) % K
-    pairs = torch.stack([torch.arange(len(steps)) % N // WORLD, steps], 1)
-    for i, k in (chunk.T for chunk in pairs[RANK::WORLD].to(pipe.device).split(config.batch)):
+def kl_to_pretrained(pipe, rollout: Rollout, config: Config, rng: torch.Generator) -> float:
+    """Estimate the mean KL of a step to the pre-trained policy at K * ceil(N / K) pairs, with each
+    step equally often and no sample left out. Raises ValueError if it is not finite."""
+    N, K = len(rollout.prompts) * WORLD_SIZE, config.steps
+    step_index = torch.randperm(K * math.ceil(N / K), generator=rng) % K
+    sample_index = torch.arange(len(step_index)) % N // WORLD_SIZE  # as its process counts it
+    pairs = torch.stack([sample_index, step_index], 1)
+    total = torch.zeros(1, device=pipe.device)
+    for chunk in pairs[RANK::WORLD_SIZE].to(pipe.device).split(config.batch):
+        i, k = chunk.unbind(1)
         state = rollout.latents[i, k], rollout.timesteps[k], rollout.cond[i], rollout.uncond
         mean, sigma = policy(pipe, *state, config)
         with pretrained(pipe.unet):
@@ -439,52 +502,53 @@ def kl_to_pretrained(pipe, rollout, config, rng):
         total += kl_divergence(mean, mean_pre, sigma).sum()
     kl = gather(total).sum().item() / len(pairs)
     if not math.isfinite(kl):
-        raise ValueError(f"the KL is {kl}; try an lr below {config.lr:g}")
+        raise ValueError(f"the KL to the pre-trained model is {kl}; try an lr below {config.lr:g}")
     return kl
 
 
-# ========== the paper ends here
-# ---------- LoRA: W x + B A x in attention layers (arXiv:2106.09685)
-
+# ---------- LoRA: W x + B A x in the attention layers (arXiv:2106.09685)
 class LoRAAttnProcessor(nn.Module):
-    """A diffusers attention processor that adds B A x to to_q, to_k, to_v and to_out[0]. A (rank, in) starts
-    Gaussian and B (out, rank) zero, so that fresh LoRA changes nothing; both are float32."""
+    """A diffusers attention processor that adds B A x to to_q, to_k, to_v and to_out[0]. A (rank,
+    in) starts Gaussian and B (out, rank) zero, so fresh LoRA changes nothing. Both are float32."""
 
-    def __init__(self, attn, rank, generator=None):
+    def __init__(self, attn, rank: int, generator: torch.Generator | None = None):
         super().__init__()
-        self.enabled, self.A, self.B = True, nn.ParameterDict(), nn.ParameterDict()
-        layers = dict(to_q=attn.to_q, to_k=attn.to_k, to_v=attn.to_v, to_out=attn.to_out[0])
+        self.enabled = True
+        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
+        layers = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out": attn.to_out[0]}
         for name, layer in layers.items():
-            A = torch.randn(rank, layer.in_features, generator=generator) / rank  # as in the authors' code
+            A = torch.randn(rank, layer.in_features, generator=generator) / rank  # authors' code
             self.A[name] = nn.Parameter(A.to(layer.weight.device))
-            self.B[name] = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
+            B = torch.zeros(layer.out_features, rank, device=layer.weight.device)
+            self.B[name] = nn.Parameter(B)
 
-    def project(self, name, layer, x):
+    def project(self, name: str, layer: nn.Linear, x: Tensor) -> Tensor:
         if not self.enabled:
             return layer(x)
         return layer(x) + x @ self.A[name].to(x.dtype).mT @ self.B[name].to(x.dtype).mT
 
     def __call__(self, attn, x, encoder_hidden_states=None, attention_mask=None, temb=None):
-        """x (B, tokens, width); Stable Diffusion has no mask."""
         context = x if encoder_hidden_states is None else encoder_hidden_states
         q = self.project("to_q", attn.to_q, x)
-        k, v = self.project("to_k", attn.to_k, context), self.project("to_v", attn.to_v, context)
+        k = self.project("to_k", attn.to_k, context)
+        v = self.project("to_v", attn.to_v, context)
         q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.project("to_out", attn.to_out[0], x)
 
-
-def add_lora(unet, rank, generator=None):
-    """Freeze the UNet, give each attention layer fresh LoRA -> LoRA's parameters."""
+def add_lora(unet: nn.Module, rank: int, generator: torch.Generator | None = None) -> list:
+    """Freeze the UNet and give each attention layer fresh LoRA -> LoRA's parameters."""
     unet.requires_grad_(False)
-    layers = {name: unet.get_submodule(name.removesuffix(".processor")) for name in unet.attn_processors}
-    unet.set_attn_processor({name: LoRAAttnProcessor(attn, rank, generator) for name, attn in layers.items()})
+    processors = {}
+    for name in unet.attn_processors:
+        attn = unet.get_submodule(name.removesuffix(".processor"))
+        processors[name] = LoRAAttnProcessor(attn, rank, generator)
+    unet.set_attn_processor(processors)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
-
 @contextmanager
-def pretrained(unet):
-    """Inside this context LoRA is off: the pre-trained policy."""
+def pretrained(unet: nn.Module):
+    """Switch LoRA off inside this context, so that the policy is the pre-trained one."""
     processors = unet.attn_processors.values()
     try:
         for processor in processors:
@@ -494,52 +558,69 @@ def pretrained(unet):
         for processor in processors:
             processor.enabled = True
 
+def save_lora(unet: nn.Module, folder: Path):
+    """Write LoRA in diffusers' own format. Raises ValueError."""
+    for file in folder.glob(".tmp*"):  # safetensors leaves one when it is killed
+        file.unlink()
+    weights = {}
+    for name, processor in unet.attn_processors.items():
+        for layer in processor.A:
+            key = name.replace("processor", "to_out.0" if layer == "to_out" else layer)
+            weights[f"{key}.lora_A.weight"] = processor.A[layer].detach().cpu()
+            weights[f"{key}.lora_B.weight"] = processor.B[layer].detach().cpu()
+    with rewards.replacing(folder / "pytorch_lora_weights.safetensors") as part:
+        diffusers.StableDiffusionPipeline.save_lora_weights(folder, weights, weight_name=part.name)
 
-def save_lora(unet, folder):
-    """Write LoRA in diffusers' own format, atomically."""
-    weights = {re.sub(r"processor\.(.)\.(\w+)", r"\2.lora_\1.weight", name).replace("to_out.l", "to_out.0.l"):
-               weight.detach().cpu() for name, weight in unet.named_parameters() if weight.requires_grad}
-    diffusers.StableDiffusionPipeline.save_lora_weights(folder, weights, weight_name="part.safetensors")
-    os.replace(Path(folder, "part.safetensors"), Path(folder, "pytorch_lora_weights.safetensors"))
 
-
-# ---------- a run: settings, prompts, model, folder, pictures, processes
-
+# ---------- prompts and model
 PROMPTS = {"color": ["A green colored rabbit"], "count": ["Four wolves in the park"],
-           "composition": ["A cat and a dog"], "location": ["A dog on the moon"], "roses": ["Four roses"]}
+           "composition": ["A cat and a dog"], "location": ["A dog on the moon"],
+           "roses": ["Four roses"]}
 UNSEEN = {"color": ["A green colored cat"], "count": ["Four birds in the park"],
           "composition": ["A cat and a cup"], "location": ["A lion on the moon"]}  # Fig. 10
 
+def load_prompts(name: str) -> list[str]:
+    """Get a set of PROMPTS, the lines of a text file, or a phrase. Raises ValueError."""
+    if name in PROMPTS:
+        return PROMPTS[name]
+    if file := rewards.resolve_path(name):
+        with rewards.user_error(f"cannot read prompts {name!r}", "give a UTF-8 text file"):
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        if not "".join(lines).strip():
+            raise ValueError(f"prompts {name!r}: the file is empty; write one prompt per line")
+        return [line.strip() for line in lines if line.strip()]
+    if " " in name.strip() and "/" not in name and not name.endswith(".txt"):
+        return [" ".join(name.split())]
+    raise ValueError(f"unknown prompts {name!r}: no such file; expected {', '.join(PROMPTS)}, a "
+                     "text file, or a quoted phrase of several words")
 
-def load_prompts(name):
-    """The texts of --prompts: a known set, a text file (one a line), or one prompt of several words."""
-    file, phrase = rewards.find(name), [name] * (" " in name and "/" not in name and name[-4:] != ".txt")
-    with rewards.one_line(f"prompts {name!r} are no use", f"give {', '.join(PROMPTS)}, a file or a phrase"):
-        lines = PROMPTS.get(name) or (file.read_text(encoding="utf-8-sig").splitlines() if file else phrase)
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise ValueError("there are none")
-    return prompts
-
-
-def load_pipeline(config):
-    """Stable Diffusion, frozen, with DDIM, whose last sigma is above 0 (set_alpha_to_one=False)."""
-    cuda = config.device.startswith("cuda")
-    half = config.precision == "fp16" or config.precision == "auto" and cuda
-    with rewards.one_line(f"model {config.model!r} cannot be loaded",
-                          "give a hub id or folder of Stable Diffusion 1.x, in safetensors"):
+def load_pipeline(config: Config):
+    """Load Stable Diffusion, frozen, with a DDIM scheduler whose last sigma is above 0
+    (set_alpha_to_one=False) -> StableDiffusionPipeline. Raises ValueError."""
+    on_cuda = config.device.startswith("cuda")
+    half = config.precision == "fp16" or (config.precision == "auto" and on_cuda)
+    source = rewards.resolve_path(config.model) or config.model
+    fp16_files = Path(source).glob("*/*.fp16.safetensors")
+    only_fp16 = any(not Path(str(file).replace(".fp16", "")).exists() for file in fp16_files)
+    with rewards.user_error(f"cannot load model {config.model!r}",
+                            "give a hub id or folder of Stable Diffusion 1.x with safetensors; "
+                            "from_single_file(FILE).save_pretrained(FOLDER) makes one of a file"):
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-            rewards.find(config.model) or config.model, dtype=torch.float16 if half else torch.float32,
-            use_safetensors=True, safety_checker=None, requires_safety_checker=False).to(config.device)
-        if pipe.scheduler.config.prediction_type != "epsilon":
-            raise ValueError("it does not predict epsilon")
+            str(source), dtype=torch.float16 if half else torch.float32, use_safetensors=True,
+            variant="fp16" if only_fp16 else None, safety_checker=None,
+            requires_safety_checker=False).to(config.device)
+        schedule, size = pipe.scheduler.config, pipe.unet.config.sample_size
+        if schedule.prediction_type != "epsilon" or schedule.num_train_timesteps != 1000:
+            raise ValueError("it does not predict epsilon at 1000 timesteps")
+        if not isinstance(size, int):
+            raise ValueError(f"the sample_size of its UNet is {size}, not the side of a square")
     pipe.scheduler = diffusers.DDIMScheduler.from_config(
-        pipe.scheduler.config, clip_sample=False, thresholding=False, set_alpha_to_one=False, steps_offset=1,
+        schedule, clip_sample=False, thresholding=False, set_alpha_to_one=False, steps_offset=1,
         timestep_spacing="leading")
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(config.device)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False).eval()
-    if cuda:
+    if on_cuda:
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
         pipe.unet.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
@@ -548,184 +629,332 @@ def load_pipeline(config):
         pipe.unet.compile()
     return pipe
 
+def encode_prompts(pipe, prompts: list) -> Tensor:
+    """Embed n prompts -> (n, L, E)."""
+    return pipe.encode_prompt(prompts, device=pipe.device, num_images_per_prompt=1,
+                              do_classifier_free_guidance=False)[0]
 
-def prepare(config):
-    """Check the settings, load what they name -> pipe, prompts, reward function. Raises ValueError."""
-    for name, value in vars(config).items():
-        (low, high), zero = config.bounds.get(name, (0, 2**31)), name in config.may_be_0
-        if type(value) in (int, float) and not (low < value <= high or zero and value == 0):
-            raise ValueError(f"{name} {value} must be {'0 or ' * zero}above {low} and at most {high}")
-    for name, whole in config.divisors.items():
-        a, b = getattr(config, name, 1), getattr(config, whole)
-        if more := -b % (a * WORLD):
-            raise ValueError(f"{name} {a} x {WORLD} processes must divide {whole} {b}; try {b + more}")
-    with rewards.one_line(f"reward_options {config.reward_options} lack a =", "give KEY=VALUE ..."):
-        options = dict(option.split("=", 1) for option in config.reward_options)
-    if not config.resume and (Path(config.out).is_file() or any(Path(config.out).glob("*"))):
-        raise ValueError(f"out {config.out!r} is not an empty folder; name a new one")
-    prompts = load_prompts(config.prompts)
-    with rewards.one_line(f"device {config.device!r} is unavailable", "try cpu, or fewer processes"):
-        if WORLD > 1 and config.device.startswith("cuda"):
-            torch.cuda.set_device(int(torchrun["LOCAL_RANK"]))
+def decode(pipe, x_0: Tensor) -> list:
+    """Decode latents (B, 4, H, W) -> B PIL images. Raises ValueError for non-finite numbers, which
+    would make black images."""
+    vae = pipe.vae
+    pixels = vae.decode(x_0.to(vae.dtype) / vae.config.scaling_factor).sample.float()
+    for part, output in {"UNet": x_0, "VAE": pixels}.items():
+        if not output.isfinite().all():
+            raise ValueError(f"the {part}'s output in {vae.dtype} has infinite or NaN values; "
+                             "use --precision fp32 or, if it happens during training, a lower --lr")
+    return pipe.image_processor.postprocess(pixels)
+
+
+# ---------- a run: checks, folder, checkpoint, log
+LEFTOVERS = {"config.json", "config.part", "prompts.txt", "samples", "data", "tensorboard",
+             "checkpoint.part", "evaluation.json"}  # of a run that failed in its first epoch
+CHANGEABLE = ("epochs", "lr", "batch", "device", "precision", "sample_every", "max_kl", "kl_weight")
+
+def prepare(config: Config):
+    """Check the settings and load what they name -> pipe, prompts, reward function."""
+    check_settings(config)
+    read_checkpoint(config)
+    kept = Path(config.resume, "prompts.txt")
+    prompts = load_prompts(str(kept) if config.resume and kept.exists() else config.prompts)
+    with rewards.user_error(f"device {config.device!r} is not available", "use cpu"):
+        if WORLD_SIZE > 1 and config.device.startswith("cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=config.device).item()
-    if WORLD > 1:
-        dist.init_process_group(timeout=timedelta(days=1))  # while process 0 draws
-    reward_fn = rewards.load(**dict(name=config.reward, device=config.device) | options)
+    if WORLD_SIZE > 1:
+        dist.init_process_group(timeout=timedelta(days=1))  # others wait for process 0's pictures
+    options = dict(option.split("=", 1) for option in config.reward_options)
+    reward_fn = rewards.load(config.reward, **{"device": config.device, **options})
     return load_pipeline(config), prompts, reward_fn
 
+def check_settings(config: Config):
+    """Check settings, whether they come from flags, a file or Python. Raises ValueError."""
+    settings = dataclasses.asdict(config)
+    with rewards.user_error("cannot use reward_options", "give them in the form KEY=VALUE"):
+        dict(option.split("=", 1) for option in settings.pop("reward_options"))
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    parsed = Parser(type(config)).parse_args(flags)  # refuses wrong types and choices
+    for name, value in settings.items():
+        lowest = "at least 0" if name in config.zero_allowed else "above 0"
+        highest = {"eta": 1, "steps": 500}.get(name, 2**31)
+        is_zero = value == 0 and lowest == "at least 0"
+        if type(value) in (int, float) and not (0 < value <= highest or is_zero):
+            raise ValueError(f"{name} ({value}) must be {lowest} and at most {highest}")
+        if value != getattr(parsed, name):
+            raise ValueError(f"{name} ({value!r}) must be {getattr(parsed, name)!r}")
+    spacing = 1000 // config.steps
+    if spacing * config.steps < 900:
+        raise ValueError(f"steps ({config.steps}) would leave out the noisiest timesteps; use "
+                         f"{1000 // (spacing + 1)} or {1000 // spacing}")
+    rewards.check(config.reward)
+    config.check()
 
-def start_run(pipe, prompts, reward_fn, config, parts):
-    """Try a call like an update's, so that what does not fit fails now; make the run's folder, or bring
-    `parts`, whatever has a state_dict, back to its checkpoint -> folder, log."""
-    with rewards.one_line(f"model {config.model!r} cannot be trained",
-                          "use Stable Diffusion 1.x, a lower --batch or --gradient_checkpointing"):
-        x_t = torch.zeros(config.batch, 4, *2 * [pipe.unet.config.sample_size], device=pipe.device)
-        text = pipe.encode_prompt([""], pipe.device, config.batch, False)[0]
-        predict_noise(pipe.unet, x_t, x_t[:, 0, 0, 0], text, text[:1], config.guidance).sum().backward()
+def read_checkpoint(config: Config) -> dict:
+    """Check the folder of the run and read its checkpoint, {} if there is none. Raises ValueError
+    where --resume changes a setting that must stay, or --out would overwrite files."""
+    folder = Path(config.resume or config.out)
+    found = {path.name for path in folder.glob("*")}
+    if config.out and (folder.is_file() or found and not {"samples"} <= found <= LEFTOVERS):
+        raise ValueError(f"out {config.out!r} is not an empty folder; name a new one")
+    if not config.resume:
+        return {}
+    if "checkpoint.pt" not in found and found & {"log.csv", "lora"}:
+        raise ValueError(f"cannot resume from {config.resume!r}: it has no checkpoint.pt")
+    with rewards.user_error(f"cannot resume from {config.resume!r}", "start a new run"):
+        saved = {"settings": json.loads((folder / "config.json").read_text("utf-8-sig"))}
+        if "checkpoint.pt" in found:
+            saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        for name, value in saved["settings"].items():
+            fixed = name not in CHANGEABLE or (name, config.algo) == ("epochs", "sft")
+            if fixed and name != "resume" and getattr(config, name) != value:
+                raise ValueError(f"{name} was {value!r}; only {', '.join(CHANGEABLE)} can change")
+    return saved
+
+def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> SimpleNamespace:
+    """Try a UNet call as large as an update's; make the run's folder, or bring the parts, each with
+    a state_dict, back to its checkpoint -> the run. Raises ValueError."""
+    with rewards.user_error(f"cannot train model {config.model!r}",
+                            "use Stable Diffusion 1.x, a lower --batch, --gradient_checkpointing"):
+        rows = min(config.batch, config.samples_per_epoch * config.steps)
+        size = pipe.unet.config.sample_size
+        x_t = torch.zeros(rows, 4, size, size, device=pipe.device)
+        t = torch.zeros(rows, device=pipe.device)
+        cond = encode_prompts(pipe, [""] * rows)
+        predict_noise(pipe.unet, x_t, t, cond, cond[:1], config.guidance).sum().backward()
         pipe.unet.zero_grad()
-    folder, log, file = Path(config.out), [], Path(config.out, "checkpoint.pt")
-    if file.exists():
-        with rewards.one_line(f"{str(file)!r} cannot be used", "start a new run"):
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(saved[name] or part.state_dict())  # fp32's scaler leaves none
-            log = saved["log"]
-    gather(torch.zeros(1))  # by now every process has checked and loaded
-    if RANK == 0:
-        if config.algo in ("is", "rl"):
-            print(f"{folder}: clip_range: true ratios in exp(+-{config.clip_range * x_t[0].numel():.3g})")
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
+    saved = read_checkpoint(config)
+    with rewards.user_error(f"cannot resume from {config.resume!r}", "start a new run"):
+        for name, part in parts.items():
+            if saved.get(name):  # GradScaler has no state in fp32
+                part.load_state_dict(saved[name])
+    parts["optimizer"].param_groups[0]["lr"] = config.lr
+    gather(torch.zeros(1))  # every process has now checked and loaded everything
+    name = f"{Path(config.script).stem}-{config.reward.rpartition(':')[2]}"
+    folder = [config.resume or config.out or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(folder)  # that of process 0
+    folder = Path(folder[0])
+    run = SimpleNamespace(config=config, folder=folder, pipe=pipe, prompts=prompts, parts=parts,
+                          reward_fn=reward_fn, log=saved.get("log", []), tensorboard=None)
+    if RANK > 0:
+        return run
+    with rewards.user_error(f"cannot make {str(folder)!r}", "choose another --out"):
+        folder.mkdir(parents=True, exist_ok=bool(config.out or config.resume))
+        (folder / "samples").mkdir(exist_ok=True)
+        if config.out:  # it may have files of a failed run
+            for file in [*folder.glob("samples/epoch_*.png"), *folder.glob("data/epoch_*")]:
+                file.unlink()
+    with rewards.replacing(folder / "prompts.txt") as part:
+        part.write_text("\n".join(prompts), encoding="utf-8")
+    with rewards.replacing(folder / "config.json") as part:
         settings = dataclasses.asdict(config) | {"out": "", "resume": ""}
-        (folder / "config.part").write_text(json.dumps(settings, indent=2))
-        os.replace(folder / "config.part", folder / "config.json")
-        if not log:
-            draw_samples(pipe, prompts, reward_fn, config, folder, 0)
-    return folder, log
+        part.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        run.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=len(run.log))
+    except Exception as error:  # it is not installed, or the installation is broken
+        print(f"no curves for TensorBoard: {error}")
+    print(f"{folder}: starts at epoch {len(run.log) + 1} of {config.epochs}", flush=True)
+    if run.log:
+        save_run(run)  # the kill may have come between the checkpoint and the rest
+    else:
+        save_pictures(run)
+    return run
 
-
-def finished(log, config):
-    """Whether the last epoch or the bound on the KL, by its mean of five (0 before the first), is reached."""
+def finished(log: list, config: Config) -> bool:
+    """Whether all epochs are done, or the KL, averaged over five epochs, is above `max_kl`."""
     return len(log) >= config.epochs or 0 < config.max_kl < sum(row["kl"] for row in log[-5:]) / 5
 
+def summary(infos: list, grad_norms: list, start_time: float) -> dict:
+    """Average over all pairs what the chunks of an epoch reported, except for ratio_deviation: its
+    maximum before the first update -> columns of log.csv."""
+    columns = {}
+    for name in infos[0]:
+        columns[name] = gather(torch.tensor([float(info[name]) for info in infos]))
+    before_first_update = columns.pop("update") == 0
+    pairs = columns.pop("pairs")
+    row = {name: ((values * pairs).sum() / pairs.sum()).item() for name, values in columns.items()}
+    if "ratio_deviation" in row:
+        row["ratio_deviation"] = columns["ratio_deviation"][before_first_update].max().item()
+    finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
+    return row | {"grad_norm": sum(finite_norms) / max(len(finite_norms), 1),
+                  "skipped": len(grad_norms) - len(finite_norms),
+                  "seconds": time.time() - start_time,
+                  "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
 
-def summary(infos, norms, started):
-    """Means over all pairs, of ratio_deviation the maximum before the first update; mean norm of the gradient
-    where fp16 did not overflow; seconds, and GB of the GPU."""
-    columns = {name: gather(torch.tensor([float(info[name]) for info in infos])) for name in infos[0]}
-    first, pairs = columns.pop("update") == 0, columns.pop("pairs")
-    means = {name: ((values * pairs).sum() / pairs.sum()).item() for name, values in columns.items()}
-    if "ratio_deviation" in means:
-        means["ratio_deviation"] = columns["ratio_deviation"][first].max().item()
-    taken = [norm for norm in norms if math.isfinite(norm)]
-    return means | {"grad_norm": sum(taken) / max(len(taken), 1), "skipped": len(norms) - len(taken),
-                    "seconds": time.time() - started, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
+def end_epoch(run: SimpleNamespace, row: dict):
+    """Log an epoch; process 0 prints it, makes pictures where they are due, and saves the run."""
+    run.log.append(row)
+    if RANK > 0:
+        return
+    words = [f"epoch {row['epoch']}/{run.config.epochs}"]
+    for name, value in row.items():
+        if name != "epoch" and (value or name not in ("skipped", "gpu_gb")):
+            words.append(f"{name} {value:.4g}")
+    seconds_left = row["seconds"] * (run.config.epochs - row["epoch"])
+    print("  ".join(words), f" {timedelta(seconds=round(seconds_left))} left", flush=True)
+    if finished(run.log, run.config) or row["epoch"] % run.config.sample_every == 0:
+        save_pictures(run)
+    save_run(run)
 
+def save_run(run: SimpleNamespace):
+    """Write checkpoint.pt, and then what follows from it: log.csv, curves, and LoRA, which is kept
+    if the epoch has a picture. Raises ValueError."""
+    epoch, folder = len(run.log), run.folder
+    saved = {name: part.state_dict() for name, part in run.parts.items()}
+    saved["settings"] = dataclasses.asdict(run.config) | {"out": "", "resume": ""}
+    with rewards.replacing(folder / "checkpoint.pt") as part:
+        torch.save(saved | {"log": run.log}, part)
+    with rewards.replacing(folder / "log.csv") as part:
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, run.log[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(run.log)
+    save_lora(run.pipe.unet, folder / "lora")
+    if Path(folder, "samples", f"epoch_{epoch:04d}.png").exists():
+        save_lora(run.pipe.unet, folder / "lora" / f"epoch_{epoch:04d}")
+    if run.tensorboard:
+        for name, value in run.log[-1].items():
+            run.tensorboard.add_scalar(name, value, epoch)
 
-def save_run(folder, log, unet, parts):
-    """An epoch's numbers on the screen and, where installed, TensorBoard; log.csv, lora/ and last, by rename,
-    checkpoint.pt: a run killed at any moment goes on from there."""
-    tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
-    with rewards.one_line(f"{str(folder)!r} cannot be saved", f"then: python {SCRIPT}.py --resume {folder}"):
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-            with SummaryWriter(folder / "tensorboard") as writer:
-                for name, value in log[-1].items():
-                    writer.add_scalar(name, value, len(log))
-        rows = [log[0].keys(), *(row.values() for row in log)]
-        (folder / "log.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
-        save_lora(unet, folder / "lora")
-        state = {"log": log} | {name: part.state_dict() for name, part in parts.items()}
-        torch.save(state, folder / "checkpoint.part")
-        os.replace(folder / "checkpoint.part", folder / "checkpoint.pt")
-
-
-def draw_samples(pipe, prompts, reward_fn, config, folder, epoch):
-    """samples/epoch_NNNN.png: 16 images of fixed prompts and seeds, not used for training."""
-    prompts, tiles = [prompts[i % len(prompts)] for i in range(16)], []
-    images = sample(pipe, prompts, config, [generator(config.seed, 0, i) for i in range(16)]).images
-    captions = [f"epoch {epoch}: {reward:.3f}\n{textwrap.fill(prompt, 32)}"
-                for prompt, reward in zip(prompts, reward_fn(images, prompts).tolist())]
+def save_pictures(run: SimpleNamespace):
+    """Write samples/epoch_NNNN.png: 16 images of fixed prompts and seeds, which no epoch uses."""
+    epoch = len(run.log)
+    prompts = [run.prompts[i % len(run.prompts)] for i in range(16)]
+    generators = [generator(run.config.seed, 0, i) for i in range(16)]
+    images = sample(run.pipe, prompts, run.config, generators, "pictures").images
+    captions = []
+    for prompt, reward in zip(prompts, run.reward_fn(images, prompts).tolist()):
+        width = 32 if prompt.isascii() else 16  # characters per line
+        captions.append(f"epoch {epoch}: {reward:.3f}\n{textwrap.fill(prompt, width)}")
     bottom = 24 + 18 * max(caption.count("\n") for caption in captions)
+    tiles = []
     for image, caption in zip(images, captions):
-        tiles.append(ImageOps.expand(image.resize((256, 256), Image.BOX), (4, 4, 4, bottom), "white"))
-        ImageDraw.Draw(tiles[-1]).text((4, 262), caption, "black", font_size=15)
-    make_image_grid(tiles, 4, 4).save(folder / "samples" / f"epoch_{epoch:04d}.png")
+        tile = ImageOps.expand(image.resize((256, 256), Image.BOX), (4, 4, 4, bottom), "white")
+        ImageDraw.Draw(tile).text((4, 262), caption, "black", rewards.caption_font(caption))
+        tiles.append(tile)
+    with rewards.replacing(run.folder / "samples" / f"epoch_{epoch:04d}.png") as part:
+        make_image_grid(tiles, 4, 4).save(part, "PNG")
 
+def end_run(run: SimpleNamespace):
+    """Make comparison.png, progress.png and progress.gif of at most eight of the pictures."""
+    if RANK > 0:
+        return
+    files = sorted(run.folder.glob("samples/epoch_*.png"))
+    with rewards.user_error(f"cannot write to {str(run.folder)!r}", "continue with --resume"):
+        chosen = sorted({i * (len(files) - 1) // 7 for i in range(8)})
+        grids = [Image.open(files[i]) for i in chosen]
+        make_image_grid([grids[0], grids[-1]], 1, 2).save(run.folder / "comparison.png")
+        strips = [grid.crop((0, 0, grid.width, grid.height // 4)) for grid in grids]
+        make_image_grid(strips, len(strips), 1).save(run.folder / "progress.png")
+        first, *others = [grid.reduce(2) for grid in grids]
+        gif = run.folder / "progress.gif"
+        first.save(gif, save_all=True, append_images=others, duration=500, loop=0)
+    print(f"{run.folder}: progress.png shows what has changed, log.csv how")
 
-def draw_progress(folder):
-    """comparison.png: first and last samples; progress.png: four images along training; progress.gif: all."""
-    grids = [Image.open(file) for file in sorted((folder / "samples").glob("*.png"))]
-    make_image_grid([grids[0], grids[-1]], 1, 2).save(folder / "comparison.png")
-    chosen = sorted({i * (len(grids) - 1) // 7 for i in range(8)})
-    strips = [grids[i].crop((0, 0, grids[i].width, grids[i].height // 4)) for i in chosen]
-    make_image_grid(strips, len(strips), 1).save(folder / "progress.png")
-    first, *others = (grid.reduce(2) for grid in grids)
-    first.save(folder / "progress.gif", save_all=True, append_images=others, duration=500, loop=0)
-    print(f"{folder}: progress.png shows what changed, log.csv how")
-
-
-def evaluate(pipe, prompts, reward_fn, config, folder):
-    """Fig. 3: the reward's mean and standard error before and after, from the same seeds, of each prompt,
-    trained or unseen -> evaluation.json."""
+def plan_evaluation(run: SimpleNamespace):
+    """List in evaluation.json the prompts to evaluate at the end. Raises ValueError."""
+    config, file = run.config, run.folder / "evaluation.json"
+    if RANK > 0 or config.evaluation_images == 0 or (config.resume and file.exists()):
+        return
     unseen = load_prompts(config.unseen) if config.unseen else UNSEEN.get(config.prompts, [])
-    n, table = config.evaluation_images, []
-    for prompt in dict.fromkeys(prompts + unseen):
-        table.append({"prompt": prompt, "trained": prompt in prompts, "images": n})
-        for model, context in ("pretrained", pretrained(pipe.unet)), ("tuned", nullcontext()):
-            generators = [generator(config.seed, 0, i) for i in range(n)]
-            with context:
-                reward = reward_fn(sample(pipe, [prompt] * n, config, generators).images, [prompt] * n)
-            mean, error = reward.mean().item(), reward.std().item() / n**0.5
-            table[-1][model] = {"mean": mean, "standard_error": error}
-            print(f"{prompt}, {model}: reward {mean:.3f} +- {error:.3f}")
-    (folder / "evaluation.json").write_text(json.dumps(table, indent=2))
+    trained = set(run.prompts)
+    prompts = dict.fromkeys(run.prompts + unseen)
+    table = [{"prompt": prompt, "trained": prompt in trained} for prompt in prompts]
+    with rewards.replacing(file) as part:
+        part.write_text(json.dumps(table, indent=2), encoding="utf-8")
+    print(f"evaluation at the end: {2 * len(table) * config.evaluation_images} images of "
+          f"{len(table)} prompts; --evaluation_images 0 skips it")
+
+def evaluate(run: SimpleNamespace):
+    """Compare the rewards of both models from the same seeds (Fig. 3): mean and standard error for
+    each prompt, in evaluation.json, which keeps those that are finished."""
+    file, n = run.folder / "evaluation.json", run.config.evaluation_images
+    if RANK > 0 or n == 0:
+        return
+    table = json.loads(file.read_text(encoding="utf-8"))
+    unfinished = [row for row in table if row.get("epoch") != len(run.log)]
+    with tqdm(total=len(unfinished), desc="evaluation", leave=False) as bar:
+        for row in unfinished:
+            prompts = [row["prompt"]] * n
+            models = {"pretrained": pretrained(run.pipe.unet), "tuned": nullcontext()}
+            for name, context in models.items():
+                generators = [generator(run.config.seed, 0, i) for i in range(n)]
+                with context:
+                    images = sample(run.pipe, prompts, run.config, generators, name).images
+                reward = run.reward_fn(images, prompts)
+                mean, error = reward.mean().item(), reward.std().item() / n**0.5
+                row[name] = {"mean": mean, "standard_error": error}
+                tqdm.write(f"{row['prompt']}, {name}: reward {mean:.3f} +- {error:.3f}")
+            row |= {"images": n, "epoch": len(run.log)}
+            with rewards.replacing(file) as part:
+                part.write_text(json.dumps(table, indent=2), encoding="utf-8")
+            bar.update(1)
 
 
-def gather(share):
-    """This process's (N / WORLD, ...), the samples RANK, RANK + WORLD, ... -> (N, ...) of all, in order."""
-    if WORLD == 1:
+# ---------- several processes, and the command line
+RANK, WORLD_SIZE = 0, 1
+if "LOCAL_RANK" in os.environ:  # started by torchrun
+    RANK = int(os.environ["RANK"])
+    WORLD_SIZE = int(os.environ["WORLD_SIZE"])
+
+def gather(share: Tensor) -> Tensor:
+    """Collect this process's samples RANK, RANK + WORLD_SIZE, ... -> those of all, in order."""
+    if WORLD_SIZE == 1:
         return share
-    shares = [torch.empty_like(share) for _ in range(WORLD)]
+    shares = [torch.empty_like(share) for _ in range(WORLD_SIZE)]
     dist.all_gather(shares, share)
     return torch.stack(shares, 1).flatten(0, 1)
 
+class Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
 
-def parse(argv=None):
-    """Flags, over the settings of --config or of the resumed run, over the defaults -> Config. With neither a
-    CUDA GPU nor a model named, defaults are those of shapes/. Raises ValueError."""
-    parser = HfArgumentParser(Config, prog=f"{SCRIPT}.py", allow_abbrev=False)
-    parser.add_argument("--config", default="", help="JSON file of settings, such as a run's")
-    argv = sys.argv[1:] if argv is None else list(argv)
-    flags, named = parser.parse_args(argv), {flag.partition("=")[0] for flag in argv if flag[:2] == "--"}
-    if flags.resume and named - {"--resume", "--epochs", "--device"}:
-        raise ValueError(f"resume {flags.resume!r}: only --epochs and --device can be changed")
-    argv = read_flags(f"{Path(flags.resume).resolve()}/config.json" if flags.resume else flags.config) + argv
-    if not any(flag.startswith("--model") for flag in argv) and parser.parse_args(argv).device[:4] != "cuda":
-        print(f"no CUDA GPU in use: training shapes/ with shapes/{SCRIPT}.json; --model names another")
-        argv = read_flags(f"shapes/{SCRIPT}.json") + argv
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+def parse(argv: list | None = None, config_class=Config) -> Config:
+    """Read the settings: defaults, over them shapes/*.json if shapes/ is the model, the file of
+    --config, flags; or for --resume the run's config.json, flags. Raises ValueError."""
+    parser = Parser(config_class, prog=config_class.script, usage="%(prog)s [--SETTING VALUE ...]",
+                    description="paper: the published value; code: that of the authors' code",
+                    formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", help="JSON file of settings, such as a run's config.json")
+    parser.set_defaults(**{field.name: None for field in dataclasses.fields(config_class)})
+    flags = vars(parser.parse_args(argv))
+    flags = {name: value for name, value in flags.items() if value is not None}  # those given
+    file = flags.pop("config", None)
+    if flags.get("resume"):
+        file = f"{flags['resume']}/config.json"
+        if not Path(file).exists():
+            raise ValueError(f"cannot resume from {flags['resume']!r}: it has no config.json")
+    settings = (read_settings(file) if file else {}) | flags
+    on_cuda = str(settings.get("device", config_class.device)).startswith("cuda")
+    if "model" not in settings and not on_cuda:
+        print(f"no model named and no CUDA GPU: training shapes/ by {config_class.shapes_settings}")
+        settings["model"] = "shapes"
+    root = Path(__file__).resolve().parent
+    model = rewards.resolve_path(str(settings.get("model", "")))
+    if model and model.resolve() == root / "shapes":
+        settings = read_settings(root / config_class.shapes_settings) | settings
+    with rewards.user_error("cannot use the settings", "see --help for their names"):
+        return config_class(**settings)
 
+def read_settings(file: str | Path) -> dict:
+    """Read a JSON file of settings. Raises ValueError."""
+    with rewards.user_error(f"cannot use settings file {str(file)!r}", "give a run's config.json"):
+        return dict(json.loads(Path(file).read_text(encoding="utf-8-sig")))
 
-def read_flags(file):
-    """The settings in a JSON file, as flags."""
-    with rewards.one_line(f"config {file!r} cannot be used", "give a run's config.json"):
-        settings = json.loads((rewards.find(file) or Path(file)).read_text()) if file else {}
-        return [flag for name, value in settings.items() if value != []
-                for flag in ([f"--{name}", *value] if type(value) is list else [f"--{name}={value}"])]
-
-
-def main(argv=None):
-    """Exit status 0; 2 for what a user can mend, the reason last on stderr; 130 after Ctrl-C."""
+def main(argv: list | None = None, config_class=Config, train=train) -> int:
+    """Run the script -> exit status: 0; 2 for what the user can correct; 130 after Ctrl-C."""
     try:
-        config = parse(argv)
-        (train if config.algo == "rl" else train_supervised)(config)
+        train(parse(argv, config_class))
         return 0
-    except SystemExit as stop:  # argparse has printed its help or its error
+    except SystemExit as stop:  # after --help
         return stop.code
     except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        print(f"{SCRIPT}.py: error: {' '.join(str(error).split()) or 'interrupted'}", file=sys.stderr)
+        reason = " ".join(str(error).split()) or "interrupted"
+        print(f"{config_class.script}: error: {reason}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that lack a letter
     sys.exit(main())

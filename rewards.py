@@ -1,260 +1,309 @@
-"""Black-box rewards r(x_0, c) for ddpo.py and dpok.py: images and prompts in, one number an image out.
+"""Black-box rewards r(x_0, c) for ddpo.py and dpok.py: one number for each image and its prompt.
 
-    reward = rewards.load("aesthetic", "cuda")   # jpeg, incompressibility, aesthetic, imagereward, llava, or
-    reward(images, prompts)                      # path/to/file.py:function; PIL images, texts -> float32 (N,)
+    reward = rewards.load("aesthetic", "cuda")  # or jpeg, incompressibility, imagereward, llava,
+    reward(images, prompts)                     # path/to/file.py:function -> float32 (N,)
 
-The policy gradient needs no gradient of the reward, so it may be anything that looks at the finished image:
-a file size, a model's opinion, your own function (its file is executed: read a stranger's first). Models
-are the papers' checkpoints, but for a smaller VLM. Where a class takes a hub id it also takes a folder:
-`--reward_options clip=FOLDER head=FOLDER`. Weights are safetensors, or read with weights_only=True.
+The policy gradient needs no gradient of the reward, so a reward may be a file size, a model's
+opinion, or a function of your own, whose file is executed: read it first if it is not yours. The
+models are the papers', except for a smaller vision-language model. A hub id may also be a folder:
+`--reward_options clip=FOLDER`. Weights are safetensors or read with weights_only=True. The scripts
+share no other module, so their helpers for paths, files and error messages are here too.
 """
 import functools
 import importlib.util
 import inspect
 import io
 import json
+import math
 import os
 import re
 import sys
 import traceback
-import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image
-from torch import nn
+from PIL import Image, ImageFont
+from torch import Tensor, nn
 from transformers.utils import cached_file
 
-transformers.logging.get_logger("transformers.utils.import_utils").setLevel("ERROR")  # no torchvision needed
+# Nothing here needs the torchvision that transformers recommends.
+transformers.logging.get_logger("transformers.utils.import_utils").setLevel("ERROR")
 
-
-def as_jpeg(image, quality):
-    """A PIL image of any mode as a JPEG file, in memory."""
+def as_jpeg(image: Image.Image, quality: int) -> io.BytesIO:
+    """Compress an image of any mode -> a JPEG file in memory."""
     file = io.BytesIO()
     image.convert("RGB").save(file, "JPEG", quality=quality)
     return file
 
-
-def incompressibility(images, prompts):
-    """Size as a JPEG file in kB (1000 bytes; DDPO section 5.1), quality 95 as in its code. Gamed by noise."""
+def incompressibility(images: list, prompts: list) -> Tensor:
+    """JPEG size in kB (DDPO 5.1), at quality 95 as in the authors' code -> (N,). Noise games it."""
     return torch.tensor([len(as_jpeg(image, 95).getvalue()) / 1000 for image in images])
 
-
-def jpeg(images, prompts):
-    """Compressibility: minus the JPEG size in kB (DDPO section 5.1). Gamed by an empty image."""
+def jpeg(images: list, prompts: list) -> Tensor:
+    """Compressibility, minus the JPEG size in kB (DDPO 5.1) -> (N,). An empty image games it."""
     return -incompressibility(images, prompts)
 
-
-# ---------- rewards that are models
-
-def load_model(kind, source, **options):
-    """kind.from_pretrained(source), frozen, in float32 by default. Raises ValueError for missing weights."""
-    model, info = kind.from_pretrained(source, output_loading_info=True, **{"dtype": torch.float32} | options)
+def load_model(kind, source: str, device: str, dtype=torch.float32, **options) -> nn.Module:
+    """Load kind.from_pretrained(source), frozen. Raises ValueError where weights are missing."""
+    model, info = kind.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise ValueError(f"{source} lacks {', '.join(sorted(info['missing_keys']))}")
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
-
-def load_weights(module, weights):
-    """A state dict into a module, frozen. Raises ValueError for weights that are missing."""
-    missing, unused = module.load_state_dict(weights, strict=False)
+def load_weights(module: nn.Module, weights: dict) -> nn.Module:
+    """Load a state dict and freeze the module. Raises ValueError where weights are missing."""
+    missing, _ = module.load_state_dict(weights, strict=False)
     if missing:
-        raise ValueError(f"weights are missing: {', '.join(missing)}")
-    if unused:
-        warnings.warn(f"weights are not used: {', '.join(unused)}")
+        raise ValueError(f"these weights are missing: {', '.join(missing)}")
     return module.eval().requires_grad_(False)
 
-
-def clip_pixels(images):
-    """As CLIP and ImageReward see images: RGB, the shorter side 224 (bicubic), centre crop, CLIP's mean
-    and deviation -> (N, 3, 224, 224). By Pillow, as in the originals; transformers' resizes differ."""
+def clip_pixels(images: list) -> Tensor:
+    """Prepare images as CLIP and ImageReward expect them: RGB, shorter side 224 (bicubic), centre
+    crop, CLIP's mean and deviation -> (N, 3, 224, 224). Pillow resizes like the originals."""
     pixels = []
     for image in images:
         image = image.convert("RGB")
-        image = image.resize([224 * side // min(image.size) for side in image.size], Image.Resampling.BICUBIC)
-        left, top = (round((side - 224) / 2) for side in image.size)
+        size = [224 * side // min(image.size) for side in image.size]
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = round((image.width - 224) / 2), round((image.height - 224) / 2)
         image = image.crop((left, top, left + 224, top + 224))
-        pixels.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(224, 224, 3))
-    mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
-    return ((torch.stack(pixels) / 255 - mean) / std).permute(0, 3, 1, 2)
+        pixels.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8))
+    pixels = torch.stack(pixels).view(-1, 224, 224, 3)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
 
-
-def five_layers():
-    """The head of the aesthetic score and of ImageReward: linear layers, Identity where dropout was."""
-    return nn.Sequential(nn.Linear(768, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity(),
-                         nn.Linear(128, 64), nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1))
-
+def five_layers() -> nn.Sequential:
+    """Make the head of the aesthetic score and of ImageReward, with Identity for dropout."""
+    return nn.Sequential(
+        nn.Linear(768, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity(),
+        nn.Linear(128, 64), nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1))
 
 class Aesthetic:
-    """LAION's aesthetic score, about 1 to 10 (DDPO section 5.1): a linear head, trained on people's ratings,
-    on CLIP ViT-L/14's unit embedding; blind to the prompt. Gamed by a style it likes."""
+    """LAION's aesthetic score, about 1 to 10 (DDPO 5.1): a linear head, trained on human ratings,
+    on CLIP ViT-L/14's unit embedding. It ignores the prompt; one style for all games it."""
 
     def __init__(self, device="cpu", clip="openai/clip-vit-large-patch14",
                  head="trl-lib/ddpo-aesthetic-predictor", batch=32):
-        self.device, self.batch = device, int(batch)
-        self.clip = load_model(transformers.CLIPVisionModelWithProjection, clip).to(device)
-        weights = torch.load(cached_file(head, "aesthetic-model.pth"), map_location="cpu", weights_only=True)
-        self.head = load_weights(nn.ModuleDict({"layers": five_layers()}), weights)["layers"].to(device)
+        self.device = device
+        self.batch = int(batch)  # images at a time
+        self.clip = load_model(transformers.CLIPVisionModelWithProjection, clip, device)
+        weights = torch.load(cached_file(head, "aesthetic-model.pth"), "cpu", weights_only=True)
+        self.head = load_weights(nn.ModuleDict({"layers": five_layers()}), weights).to(device)
 
-    def __call__(self, images, prompts):
+    def __call__(self, images: list, prompts: list) -> Tensor:
         embedding = self.clip(pixel_values=clip_pixels(images).to(self.device)).image_embeds
-        return self.head(F.normalize(embedding, dim=-1))[:, 0]
-
+        return self.head["layers"](F.normalize(embedding, dim=-1))[:, 0]
 
 class ImageReward:
-    """ImageReward (arXiv:2304.05977), DPOK's reward: a head trained on people's preferences scores what BLIP
-    makes of prompt and image; mean 0, deviation 1 on its data. Gamed by over-saturated colours (DPOK 5.3)."""
+    """ImageReward (arXiv:2304.05977), DPOK's reward: a head, trained on human preferences, scores
+    BLIP's features; mean 0, deviation 1 on its data. Over-saturated colours game it (DPOK 5.3)."""
 
-    names = (("^blip.visual_encoder", "vision"), ("^blip.text_encoder", "text"), ("^mlp.layers", "head"),
-             (r"vision\.norm", "vision.post_layernorm"), ("cls_token", "embeddings.class_embedding"),
-             ("pos_embed", "embeddings.position_embedding"), (r"\.norm", ".layer_norm"),
-             ("patch_embed.proj", "embeddings.patch_embedding"), (r"vision\.blocks", "vision.encoder.layers"),
-             (r"attn\.qkv", "self_attn.qkv"), (r"attn\.proj", "self_attn.projection"))  # old, new
-    unused = r"blip\.(vision|text)_proj\..*|.*position_ids"  # of BLIP's own training
+    names = (  # in the checkpoint, as a regular expression, and in transformers
+        ("^blip.visual_encoder", "vision"), ("^blip.text_encoder", "text"), ("^mlp.layers", "head"),
+        (r"vision\.norm", "vision.post_layernorm"), ("cls_token", "embeddings.class_embedding"),
+        ("pos_embed", "embeddings.position_embedding"), (r"\.norm", ".layer_norm"),
+        ("patch_embed.proj", "embeddings.patch_embedding"),
+        (r"vision\.blocks", "vision.encoder.layers"), (r"attn\.qkv", "self_attn.qkv"),
+        (r"attn\.proj", "self_attn.projection"))
+    unused = r"blip\.(vision|text)_proj\..*|.*position_ids"  # needed only to train BLIP
 
-    def __init__(self, device="cpu", source="zai-org/ImageReward", tokenizer="google-bert/bert-base-uncased",
-                 heads=16, batch=32):  # heads of the vision model (ViT-L), which no file of the model names
-        self.device, self.batch = device, int(batch)
+    def __init__(self, device="cpu", source="zai-org/ImageReward",
+                 tokenizer="google-bert/bert-base-uncased", heads=16, batch=32):  # heads of ViT-L
+        self.device = device
+        self.batch = int(batch)
         self.tokenizer = transformers.BertTokenizer(cached_file(tokenizer, "vocab.txt"))
-        weights = torch.load(cached_file(source, "ImageReward.pt"), map_location="cpu", weights_only=True)
-        weights = {key: tensor for key, tensor in weights.items() if not re.fullmatch(self.unused, key)}
-        for old, new in self.names:
-            weights = {re.sub(old, new, key): tensor for key, tensor in weights.items()}
+        file = cached_file(source, "ImageReward.pt")
+        weights = {}
+        for key, tensor in torch.load(file, map_location="cpu", weights_only=True).items():
+            if not re.fullmatch(self.unused, key):
+                for old, new in self.names:
+                    key = re.sub(old, new, key)
+                weights[key] = tensor
         width = weights["vision.embeddings.class_embedding"].shape[-1]
-        layers = sum(key.endswith("qkv.weight") for key in weights)
+        layers = len([key for key in weights if key.endswith("qkv.weight")])
         vision = transformers.BlipVisionConfig(
-            hidden_size=width, intermediate_size=4 * width, num_attention_heads=int(heads), image_size=224,
-            patch_size=16, layer_norm_eps=1e-6, num_hidden_layers=layers)
-        text = json.loads(Path(cached_file(source, "med_config.json")).read_text())
-        text = {key: text[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads",
-                                           "num_hidden_layers", "layer_norm_eps")}
+            hidden_size=width, intermediate_size=4 * width, num_attention_heads=int(heads),
+            image_size=224, patch_size=16, layer_norm_eps=1e-6, num_hidden_layers=layers)
+        med = json.loads(Path(cached_file(source, "med_config.json")).read_text("utf-8-sig"))
+        sizes = {key: med[key] for key in ("hidden_size", "intermediate_size", "layer_norm_eps",
+                                           "num_attention_heads", "num_hidden_layers")}
         words = len(weights["text.embeddings.word_embeddings.weight"])
-        text = transformers.BlipTextConfig(**text, encoder_hidden_size=width, vocab_size=words)
-        self.model = load_weights(nn.ModuleDict({
+        text = transformers.BlipTextConfig(**sizes, encoder_hidden_size=width, vocab_size=words)
+        model = nn.ModuleDict({
             "vision": transformers.BlipVisionModel(vision), "head": five_layers(),
-            "text": transformers.BlipTextModel(text, add_pooling_layer=False)}), weights).to(device)
+            "text": transformers.BlipTextModel(text, add_pooling_layer=False)})
+        self.model = load_weights(model, weights).to(device)
 
-    def __call__(self, images, prompts):
+    def __call__(self, images: list, prompts: list) -> Tensor:
         seen = self.model["vision"](clip_pixels(images).to(self.device)).last_hidden_state
         texts = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35,
-                               return_tensors="pt")
-        ids, mask = texts.input_ids.to(self.device), texts.attention_mask.to(self.device)
-        tokens = self.model["text"](ids, mask, encoder_hidden_states=seen).last_hidden_state
-        return (self.model["head"](tokens[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
+                               return_tensors="pt").to(self.device)
+        tokens = self.model["text"](texts.input_ids, texts.attention_mask,
+                                    encoder_hidden_states=seen).last_hidden_state
+        score = self.model["head"](tokens[:, 0])[:, 0]
+        return (score - 0.16717362830052426) / 1.0333394966054072
 
+class VLMBertScore:
+    """llava: prompt alignment (DDPO 5.1). A vision-language model describes the image; BERTScore's
+    recall says how much of the prompt it covers. Text in the image games it (appendix A)."""
 
-class Alignment:
-    """llava: prompt alignment (DDPO section 5.1). A vision-language model says what it sees, BERTScore's
-    recall how much of the prompt it says. Gamed by text in the image that it reads out (appendix A)."""
-
-    question = "Answer concisely: what is going on in this image?"  # the released code's
+    question = "Answer concisely: what is going on in this image?"  # the authors' code
     reference = "The image contains {}"
 
-    def __init__(self, device="cpu", vlm="llava-hf/llava-1.5-7b-hf", bert="microsoft/deberta-xlarge-mnli",
-                 layer=40, batch=16):
-        """vlm: any image-text-to-text model with a chat template, in its checkpoint's precision.
-        layer: of the BERT's 48, the one whose output is compared."""
-        self.device, self.batch = device, int(batch)
-        self.bert = load_model(transformers.AutoModel, bert, num_hidden_layers=int(layer)).to(device)
+    def __init__(self, device="cpu", vlm="llava-hf/llava-1.5-7b-hf",
+                 bert="microsoft/deberta-xlarge-mnli", layer=40, batch=16):  # layer 40 of 48
+        self.device = device
+        self.batch = int(batch)
+        self.bert = load_model(transformers.AutoModel, bert, device, num_hidden_layers=int(layer))
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
-        self.vlm = load_model(transformers.AutoModelForImageTextToText, vlm, dtype="auto").to(device)
+        self.vlm = load_model(transformers.AutoModelForImageTextToText, vlm, device, "auto")
         self.processor = transformers.AutoProcessor.from_pretrained(vlm)
-        self.processor.tokenizer.padding_side = "left"  # all answers begin at the same place
-        for tokenizer in (self.tokenizer, self.processor.tokenizer):  # which transformers accepts
+        self.processor.tokenizer.padding_side = "left"  # all answers start at the same position
+        for tokenizer in (self.tokenizer, self.processor.tokenizer):  # transformers accepts such
             if set(tokenizer("the").input_ids) <= set(tokenizer.all_special_ids):
                 raise ValueError("a tokenizer has no vocabulary")
-        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.question}]}]
-        self.prompt = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        content = [{"type": "image"}, {"type": "text", "text": self.question}]
+        self.prompt = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True)
 
-    def answer(self, images):
-        """What the model sees in each image, after JPEG compression at quality 80, the released code's."""
+    def answer(self, images: list) -> list[str]:
+        """Describe each image, after JPEG compression at quality 80 as in the authors' code."""
         images = [[Image.open(as_jpeg(image, 80))] for image in images]
-        inputs = self.processor(images=images, text=[self.prompt] * len(images), return_tensors="pt",
-                                padding=True).to(self.device, self.vlm.dtype)
-        tokens = self.vlm.generate(**inputs, do_sample=False, max_new_tokens=64)
-        return self.processor.batch_decode(tokens[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
+        inputs = self.processor(images=images, text=[self.prompt] * len(images), padding=True,
+                                return_tensors="pt").to(self.device, self.vlm.dtype)
+        ids = self.vlm.generate(**inputs, do_sample=False, max_new_tokens=64)
+        new_ids = ids[:, inputs.input_ids.shape[1]:]
+        return self.processor.batch_decode(new_ids, skip_special_tokens=True)
 
-    def embed(self, texts):
-        """-> unit vectors of the tokens (B, L, E), which are tokens (B, L), and which words (B, L)."""
-        texts = [text.strip() for text in texts]
-        inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=512, return_tensors="pt")
-        ids, mask = inputs.input_ids.to(self.device), inputs.attention_mask.to(self.device)
-        vectors = F.normalize(self.bert(ids, attention_mask=mask).last_hidden_state, dim=-1)
-        ends = (ids == self.tokenizer.cls_token_id) | (ids == self.tokenizer.sep_token_id)
-        return vectors, mask.bool(), mask.bool() & ~ends
+    def embed(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed B texts -> unit vectors of the tokens (B, L, E), a mask of the tokens (B, L), and a
+        mask of the words, which are the tokens other than [CLS] and [SEP] (B, L)."""
+        inputs = self.tokenizer([text.strip() for text in texts], padding=True, truncation=True,
+                                max_length=512, return_tensors="pt").to(self.device)
+        ids = inputs.input_ids
+        hidden = self.bert(ids, attention_mask=inputs.attention_mask).last_hidden_state
+        is_token = inputs.attention_mask.bool()
+        is_end = (ids == self.tokenizer.cls_token_id) | (ids == self.tokenizer.sep_token_id)
+        return F.normalize(hidden, dim=-1), is_token, is_token & ~is_end
 
-    def recall(self, answers, references):
-        """BERTScore recall (arXiv:1904.09675, R_BERT) -> (B,): each word of the reference finds its most
-        similar token in the answer; mean similarity. No idf or rescaling; one without words scores 0."""
-        a, tokens, words = self.embed(answers)
-        b, _, wanted = self.embed(references)
-        best = (b @ a.transpose(1, 2)).masked_fill(~tokens[:, None], -1).amax(2)
-        return (best * wanted).sum(1) / wanted.sum(1) * words.any(1)
+    def recall(self, answers: list[str], references: list[str]) -> Tensor:
+        """Compute BERTScore's recall (arXiv:1904.09675), without idf or rescaling -> (B,): the mean
+        similarity of the reference's words to the answer's most similar token; 0 without words."""
+        answer, is_token, is_answer_word = self.embed(answers)
+        reference, _, is_word = self.embed(references)
+        similarity = reference @ answer.transpose(1, 2)  # (B, reference tokens, answer tokens)
+        best = similarity.masked_fill(~is_token[:, None], -1).amax(2)
+        return (best * is_word).sum(1) / is_word.sum(1) * is_answer_word.any(1)
 
-    def __call__(self, images, prompts):
-        return self.recall(self.answer(images), [self.reference.format(prompt) for prompt in prompts])
-
+    def __call__(self, images: list, prompts: list) -> Tensor:
+        return self.recall(self.answer(images), [self.reference.format(p) for p in prompts])
 
 REWARDS = {"jpeg": jpeg, "incompressibility": incompressibility, "aesthetic": Aesthetic,
-           "imagereward": ImageReward, "llava": Alignment}
+           "imagereward": ImageReward, "llava": VLMBertScore}
 
-
-@contextmanager
-def one_line(what, remedy, file=None):
-    """Whatever goes wrong inside ends as a ValueError of one line: what, why, where in `file`, the remedy."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:  # a hub, a file system, a foreign format: each has its own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        places = traceback.extract_tb(error.__traceback__) if file else ()
-        reason += "".join(f", line {p.lineno} of {file}" for p in places if p.filename.endswith(file))
-        raise ValueError(f"{what} ({reason}); {remedy}") from error
-
-
-def find(path):
-    """A path in the working folder or, failing that, beside this file; None if it is in neither."""
-    return next((p for p in (Path(path), Path(__file__).parent / path) if os.path.exists(p)), None)
-
-
-def check(name):
-    """Raises ValueError for an unusable reward name, before anything is loaded or run."""
+def check(name: str):
+    """Check the name of a reward, loading and running nothing. Raises ValueError."""
     path, _, function = name.rpartition(":")
-    if name not in REWARDS and not (path.endswith(".py") and function and find(path)):
-        raise ValueError(f"reward {name!r} is unknown; choose {', '.join(REWARDS)}, or give file.py:function")
+    if name not in REWARDS and not (path.endswith(".py") and function):
+        raise ValueError(f"unknown reward {name!r}: give {', '.join(REWARDS)}, or FILE.py:FUNCTION")
+    if name not in REWARDS and not resolve_path(path):
+        raise ValueError(f"reward {name!r}: no such file")
 
-
-def load(name, device="cpu", **options):
-    """The reward `name`, its models on `device`, as a function that checks its result. Raises ValueError."""
+def load(name: str, /, device: str = "cpu", **options):
+    """Load a reward, its models on `device` -> a function of (images, prompts) that checks the
+    result and returns float32 (N,). Raises ValueError."""
     check(name)
     path, _, attribute = name.rpartition(":")
-    with one_line(f"reward {name!r} cannot be used", "correct it or its --reward_options", path):
-        if path:
-            spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", find(path))
-            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        function = getattr(module, attribute) if path else REWARDS[name]
-        if inspect.isclass(function):
-            function = function(device=device, **options)
+    with user_error(f"cannot load reward {name!r}", "correct it or its --reward_options", path):
+        if name in REWARDS:
+            reward = REWARDS[name]
         else:
-            inspect.signature(function).bind([], [], **options)
-            function = functools.partial(function, **options)
-    return functools.partial(score, function, name)
-
+            file = resolve_path(path).resolve()
+            sys.path.insert(0, str(file.parent))  # the file may import what lies next to it
+            spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+            reward = getattr(module, attribute)
+        if inspect.isclass(reward):
+            reward = reward(device=device, **options)
+        else:
+            inspect.signature(reward).bind([], [], **options)
+            reward = functools.partial(reward, **options)
+        if getattr(reward, "batch", 1) < 1:
+            raise ValueError(f"batch ({reward.batch}) must be at least 1")
+    return functools.partial(score, reward, name, path)
 
 @torch.no_grad()
-def score(function, name, images, prompts):
-    """function(images, prompts), a model's batch at a time -> float32 (N,) on the CPU. Raises ValueError,
-    naming the prompt, unless it is one finite number an image."""
-    B = getattr(function, "batch", len(images))
-    with one_line(f"reward {name!r} failed on the prompts from {prompts[:1]} on", "give one number an image",
-                  name.rpartition(":")[0]):
-        parts = [function(images[i:i + B], prompts[i:i + B]) for i in range(0, len(images), B)]
-        reward = torch.cat([torch.as_tensor(part) for part in parts]).to("cpu", torch.float32)
-        if reward.shape != (len(prompts),):
-            raise ValueError(f"its shape is {tuple(reward.shape)} for {len(prompts)} prompts")
-        for i in (~reward.isfinite()).nonzero():
-            raise ValueError(f"{reward[i].item()} for the prompt {prompts[i]!r}")
-    return reward
+def score(reward, name: str, file: str, images: list, prompts: list) -> Tensor:
+    """Score copies of the images, a model's batch at a time -> float32 (N,) on the CPU. Raises
+    ValueError, naming the prompt, unless there is one finite number for each image."""
+    size = getattr(reward, "batch", len(images))
+    scores = []
+    for start in range(0, len(images), size):
+        copies = [image.copy() for image in images[start:start + size]]
+        texts = list(prompts[start:start + size])
+        failed = f"reward {name!r} failed on a batch that starts with the prompt {texts[0]!r}"
+        with user_error(failed, "what was saved is kept", file):
+            result = reward(copies, list(texts))
+        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict):
+            result = result[0]  # (scores, info) is the convention of TRL and ddpo-pytorch
+        with user_error(failed, "return one number for each image, in a list or a tensor"):
+            values = torch.as_tensor(result).detach().to("cpu", torch.float32)
+            if values.shape != (len(texts),):
+                raise ValueError(f"its shape is {tuple(values.shape)} for {len(texts)} images")
+        for text, value in zip(texts, values.tolist()):
+            if not math.isfinite(value):
+                raise ValueError(f"reward {name!r} is {value} for the prompt {text!r}")
+        scores.append(values)
+    return torch.cat(scores)
+
+
+# ---------- helpers for the scripts
+FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
+                "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts")
+
+@contextmanager
+def user_error(problem: str, remedy: str, file: str = ""):
+    """Turn any error inside into a ValueError of one line: the problem, the error, the line of `file`
+    where it arose, and the remedy."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # hubs and file formats have errors of their own
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        reason = " ".join(f"{kind}{error}".split())[:300]
+        for frame in traceback.extract_tb(error.__traceback__):
+            if file and frame.filename.endswith(Path(file).name):
+                reason += f", line {frame.lineno} of {file}"
+        raise ValueError(f"{problem} ({reason}); {remedy}") from error
+
+@contextmanager
+def replacing(file: Path):
+    """Yield a path to write to that then replaces `file`: a kill leaves the old one or the new."""
+    with user_error(f"cannot write {str(file)!r}", "make room, then continue with --resume"):
+        yield file.with_suffix(".part")
+        os.replace(file.with_suffix(".part"), file)
+
+@functools.cache
+def caption_font(text: str):
+    """Find the font of this machine with most of a text's characters; Pillow's own has ASCII."""
+    best, best_count = ImageFont.load_default(15), sum(c.isascii() for c in text)
+    for folder in FONT_FOLDERS:
+        if best_count < len(text):
+            for file in Path(folder).expanduser().rglob("*.[ot]t[fc]"):
+                with suppress(OSError):  # some fonts have no such size
+                    font = ImageFont.truetype(file, 15)
+                    blank = bytes(font.getmask("\uffff"))  # stands for a missing character
+                    count = sum(bytes(font.getmask(c)) != blank for c in text)
+                    if count > best_count:
+                        best, best_count = font, count
+    return best
+
+def resolve_path(path: str) -> Path | None:
+    """Find a path in the working folder or, failing that, next to this file."""
+    candidates = Path(path), Path(__file__).parent / path
+    return next((candidate for candidate in candidates if os.path.exists(candidate)), None)

@@ -1,8 +1,9 @@
 """DDPO: Training Diffusion Models with Reinforcement Learning (Black et al., ICLR 2024).
 
 Section 4.3 of the paper (arXiv:2305.13301v4) makes denoising a Markov decision process: the state
-is (c, t, x_t), the action x_{t-1}, the policy p_theta(x_{t-1} | x_t, c), the reward r(x_0, c) comes
-at the end. --algo sf is the score-function estimator, --algo is the importance-sampled one.
+is (c, t, x_t), the action is x_{t-1}, the policy is p_theta(x_{t-1} | x_t, c), and the reward
+r(x_0, c) comes at the end. `--algo sf` is the score-function estimator (DDPO_SF), and `--algo is`
+is the importance-sampled estimator (DDPO_IS) with PPO's clip.
 
     python ddpo.py --reward jpeg  # Stable Diffusion v1.4 on a CUDA GPU; elsewhere shapes/
     python ddpo.py --help         # every setting with its published value
@@ -10,10 +11,10 @@ at the end. --algo sf is the score-function estimator, --algo is the importance-
 Differences from the paper:
 1. LoRA is trained, not the whole UNet, so that one GPU is enough, at the authors' learning rate.
 2. log p is the mean over the latent, not the sum, as in the authors' code; see `log_prob`.
-3. The loss is the mean over the steps t, not the sum; to Adam, K only matters for max_grad_norm.
+3. The loss is the mean over the steps t, not the sum. K matters only to the gradient's clip.
 4. The paper does not name its sampler. The authors' code has DDIM with eta = 1, ancestral sampling.
 5. As in that code, advantages are clipped to +-5, and a prompt's own statistics need 16 rewards.
-6. The paper prints (DDPO_IS) as an equality. With one ratio per step it holds only at theta_old.
+6. (DDPO_IS) is printed as an exact gradient. With one ratio per step it is so at theta_old only.
 7. Added against over-optimisation (appendix A): a KL penalty, and early stopping by the KL.
 8. experiments/ has reward-weighted regression, rwr.py, and the 398 prompts, imagenet_animals.txt.
 """
@@ -46,6 +47,10 @@ import rewards
 # N samples per epoch, B per UNet call, K denoising steps, L text tokens of width E. A latent is
 # (4, H, W). t is the scheduler's timestep (981, 961, ..., 1), k the step's number (0, ..., K - 1).
 
+RANK, WORLD_SIZE = 0, 1  # the number of this process, and how many there are
+if "LOCAL_RANK" in os.environ:  # started by torchrun
+    RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
 def setting(default, help: str, shown=None):
     """Make a field of Config. `shown` is the default as --help prints it."""
     return dataclasses.field(
@@ -54,7 +59,7 @@ def setting(default, help: str, shown=None):
 @dataclasses.dataclass
 class Config:
     """The settings of a run. The defaults are those of the authors' LoRA code (ddpo-pytorch,
-    config/dgx.py), except that JPEG rewards get the prompts and the buffer of the other rewards."""
+    config/dgx.py), whose JPEG runs have 398 animals and a buffer of 16 instead."""
     model: str = setting("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.x: hub id or folder")
     reward: str = setting("jpeg", f"{', '.join(rewards.REWARDS)}, or FILE.py:FUNCTION")
     reward_options: list[str] = dataclasses.field(
@@ -64,7 +69,7 @@ class Config:
     epochs: int = setting(100, "number of epochs; code: 100 for JPEG rewards, 200 for the others")
     samples_per_epoch: int = setting(256, "images sampled per epoch; paper: 256")
     updates_per_epoch: int | None = setting(
-        None, "optimiser steps per epoch; paper: the default", "4, with --algo sf 1")
+        None, "optimiser steps per epoch; paper: as here", "4, with --algo sf 1")
     batch: int = setting(4, "samples or pairs per UNet call; guidance doubles the rows")
     steps: int = setting(50, "denoising steps; paper: 50")
     guidance: float = setting(5.0, "weight w of classifier-free guidance, 1 for none; paper: 5")
@@ -73,18 +78,18 @@ class Config:
     weight_decay: float = setting(1e-4, "weight decay of AdamW; paper: 1e-4")
     max_grad_norm: float = setting(1.0, "norm to which the gradient is clipped; paper: 1")
     clip_range: float = setting(1e-4, "clip range of the ratio, see log_prob; paper: 1e-4")
-    advantage_clip: float = setting(5.0, "largest advantage; code: 5; paper: no limit")
+    advantage_clip: float = setting(5.0, "clip range of the advantage; code: 5; paper: none")
     buffer_size: int = setting(32, "rewards remembered per prompt; code: 32, for JPEG rewards 16")
     min_count: int = setting(16, "rewards that a prompt's own statistics need; code: 16")
     kl_weight: float = setting(0.0, "weight of the KL to the pre-trained model; paper: none")
-    max_kl: float = setting(0.0, "stop when the mean KL of five epochs is above this; 0 for never")
+    max_kl: float = setting(0.0, "stop when the mean KL of five epochs is above this, 0 for never")
     rank: int = setting(4, "rank of LoRA; code: 4")
     seed: int = setting(0, "random seed; the same seed gives the same run")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda, mps or cpu")
     precision: Literal["auto", "fp16", "fp32"] = setting("auto", "auto: fp16 on CUDA, else fp32")
     gradient_checkpointing: bool = setting(False, "save memory at the cost of time")
     compile: bool = setting(False, "compile the UNet with torch.compile")
-    sample_every: int = setting(10, "epochs between pictures, with which the LoRA is kept")
+    sample_every: int = setting(10, "epochs from one picture and kept LoRA to the next")
     out: str = setting("", "folder of the run", "a new one in runs/")
     resume: str = setting("", "folder of a run to continue", "none")
 
@@ -241,7 +246,7 @@ def importance_sampling_loss(log_prob: Tensor, log_prob_old: Tensor, advantage: 
     """Compute the loss of (DDPO_IS) with PPO's clip (D.1), which maximises
     E[ min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon) A) ].
 
-    ratio = p_theta / p_theta_old is 1 at an epoch's first update, whose gradient is (DDPO_SF)'s."""
+    ratio is the D-th root of p_theta / p_theta_old (log_prob). At 1 the gradient is (DDPO_SF)'s."""
     ratio = (log_prob - log_prob_old).exp()
     unclipped = -advantage * ratio
     clipped = -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -283,9 +288,8 @@ def train(config: Config) -> Path:
 
         # 4. Update: one optimiser step per group of samples, at all of their steps (D.1, D.5)
         infos, grad_norms = [], []
-        n = N // WORLD_SIZE  # samples of this process
-        with tqdm(total=n * K, desc="updates", leave=False, disable=RANK > 0) as bar:
-            for samples in torch.arange(n).chunk(config.updates_per_epoch):
+        with tqdm(total=N // WORLD_SIZE * K, desc="updates", leave=False, disable=RANK > 0) as bar:
+            for samples in torch.arange(N // WORLD_SIZE).chunk(config.updates_per_epoch):
                 pairs = torch.cartesian_prod(samples, torch.arange(K)).to(pipe.device)
                 for chunk in pairs.split(config.batch):
                     i, k = chunk.unbind(1)  # the numbers of samples and steps, (B,) each
@@ -303,17 +307,17 @@ def train(config: Config) -> Path:
                         with torch.no_grad(), pretrained(pipe.unet):
                             mean_pre, _ = policy(pipe, *state, config)
                         loss = loss + config.kl_weight * kl_divergence(mean, mean_pre, sigma).mean()
-                    share = len(chunk) / (len(pairs) * WORLD_SIZE)  # of the mean over all pairs
+                    share = len(chunk) / (len(pairs) * WORLD_SIZE)  # of the update's pairs
                     scaler.scale(loss * share).backward()
                     infos.append({"update": len(grad_norms), "pairs": len(chunk), **info})
                     bar.update(len(chunk))
                 grad_norms.append(optimizer_step(lora, optimizer, scaler, config))
 
         # 5. Log and save
+        kl = kl_to_pretrained(pipe, rollout, config, rng)
         row = {"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(),
                "reward_std": reward.std(correction=0).item(),
-               **summary(infos, grad_norms, start_time),
-               "kl": kl_to_pretrained(pipe, rollout, config, rng)}
+               **summary(infos, grad_norms, start_time), "kl": kl}
         del rollout  # makes room for the next
         end_epoch(run, row)
     end_run(run)
@@ -369,7 +373,7 @@ class LoRAAttnProcessor(nn.Module):
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         layers = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out": attn.to_out[0]}
         for name, layer in layers.items():
-            A = torch.randn(rank, layer.in_features, generator=generator) / rank  # authors' code
+            A = torch.randn(rank, layer.in_features, generator=generator) / rank  # the code's
             self.A[name] = nn.Parameter(A.to(layer.weight.device))
             B = torch.zeros(layer.out_features, rank, device=layer.weight.device)
             self.B[name] = nn.Parameter(B)
@@ -420,8 +424,8 @@ def save_lora(unet: nn.Module, folder: Path):
             key = name.replace("processor", "to_out.0" if layer == "to_out" else layer)
             weights[f"{key}.lora_A.weight"] = processor.A[layer].detach().cpu()
             weights[f"{key}.lora_B.weight"] = processor.B[layer].detach().cpu()
-    with rewards.replacing(folder / "pytorch_lora_weights.safetensors") as part:
-        diffusers.StableDiffusionPipeline.save_lora_weights(folder, weights, weight_name=part.name)
+    with rewards.replacing(folder / "pytorch_lora_weights.safetensors") as file:
+        diffusers.StableDiffusionPipeline.save_lora_weights(folder, weights, weight_name=file.name)
 
 
 # ---------- prompts and model
@@ -430,7 +434,7 @@ ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat l
     turtle frog chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo"""
 PLURALS = {"mouse": "mice", "wolf": "wolves", "fox": "foxes", "goose": "geese", "fly": "flies",
            "butterfly": "butterflies", "sheep": "sheep", "deer": "deer", "fish": "fish"}
-PROMPTS = {"animals": ANIMALS.split(), "activities": [], "counting": []}  # D.6, 5.1, A
+PROMPTS = {"animals": ANIMALS.split(), "activities": [], "counting": []}  # D.6, 5.1, appendix A
 for animal in PROMPTS["animals"]:
     article = "an" if animal[0] in "aeiou" else "a"
     for activity in ("riding a bike", "playing chess", "washing dishes"):
@@ -498,23 +502,22 @@ def decode(pipe, x_0: Tensor) -> list:
     would make black images."""
     vae = pipe.vae
     pixels = vae.decode(x_0.to(vae.dtype) / vae.config.scaling_factor).sample.float()
-    for part, output in {"UNet": x_0, "VAE": pixels}.items():
+    for network, output in {"UNet": x_0, "VAE": pixels}.items():
         if not output.isfinite().all():
-            raise ValueError(f"the {part}'s output in {vae.dtype} has infinite or NaN values; "
+            raise ValueError(f"the {network}'s output in {vae.dtype} has infinite or NaN values; "
                              "use --precision fp32 or, if it happens during training, a lower --lr")
     return pipe.image_processor.postprocess(pixels)
 
 
-# ---------- a run: checks, folder, checkpoint, log
-LEFTOVERS = {"config.json", "config.part", "prompts.txt", "samples", "data", "tensorboard",
-             "checkpoint.part", "evaluation.json"}  # of a run that failed in its first epoch
+# ---------- a run: checks, folder, checkpoint (all that --resume needs), log
+LEFTOVERS = {"config.json", "prompts.txt", "samples", "data", "tensorboard", "evaluation.json"}
 CHANGEABLE = ("epochs", "lr", "batch", "device", "precision", "sample_every", "max_kl", "kl_weight")
 
 def prepare(config: Config):
-    """Check the settings and load what they name -> pipe, prompts, reward function."""
+    """Check the settings and load what they name -> pipe, prompts, reward. Raises ValueError."""
     check_settings(config)
-    read_checkpoint(config)
-    kept = Path(config.resume, "prompts.txt")
+    read_checkpoint(config)  # refuses a wrong --resume or --out before anything is loaded
+    kept = Path(config.resume, "prompts.txt")  # of the run that --resume continues
     prompts = load_prompts(str(kept) if config.resume and kept.exists() else config.prompts)
     with rewards.user_error(f"device {config.device!r} is not available", "use cpu"):
         if WORLD_SIZE > 1 and config.device.startswith("cuda"):
@@ -540,7 +543,7 @@ def check_settings(config: Config):
         if type(value) in (int, float) and not (0 < value <= highest or is_zero):
             raise ValueError(f"{name} ({value}) must be {lowest} and at most {highest}")
         if value != getattr(parsed, name):
-            raise ValueError(f"{name} ({value!r}) must be {getattr(parsed, name)!r}")
+            raise ValueError(f"{name} ({value!r}) must be written {getattr(parsed, name)!r}")
     spacing = 1000 // config.steps
     if spacing * config.steps < 900:
         raise ValueError(f"steps ({config.steps}) would leave out the noisiest timesteps; use "
@@ -552,8 +555,9 @@ def read_checkpoint(config: Config) -> dict:
     """Check the folder of the run and read its checkpoint, {} if there is none. Raises ValueError
     where --resume changes a setting that must stay, or --out would overwrite files."""
     folder = Path(config.resume or config.out)
-    found = {path.name for path in folder.glob("*")}
-    if config.out and (folder.is_file() or found and not {"samples"} <= found <= LEFTOVERS):
+    found = {path.name for path in folder.glob("*") if path.suffix != ".part"}  # .part: unfinished
+    of_failed_run = "samples" in found and found <= LEFTOVERS  # one that failed in its first epoch
+    if config.out and not config.resume and (folder.is_file() or found and not of_failed_run):
         raise ValueError(f"out {config.out!r} is not an empty folder; name a new one")
     if not config.resume:
         return {}
@@ -564,14 +568,14 @@ def read_checkpoint(config: Config) -> dict:
         if "checkpoint.pt" in found:
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         for name, value in saved["settings"].items():
-            fixed = name not in CHANGEABLE or (name, config.algo) == ("epochs", "sft")
+            fixed = name not in CHANGEABLE or (name == "epochs" and config.algo == "sft")
             if fixed and name != "resume" and getattr(config, name) != value:
-                raise ValueError(f"{name} was {value!r}; only {', '.join(CHANGEABLE)} can change")
+                raise ValueError(f"{name} was {value!r}, which cannot change within a run")
     return saved
 
 def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> SimpleNamespace:
-    """Try a UNet call as large as an update's; make the run's folder, or bring the parts, each with
-    a state_dict, back to its checkpoint -> the run. Raises ValueError."""
+    """Try a UNet call of the largest size; for --resume, load the checkpoint into the parts, which
+    each have a state_dict; write the folder's first files -> the run. Raises ValueError."""
     with rewards.user_error(f"cannot train model {config.model!r}",
                             "use Stable Diffusion 1.x, a lower --batch, --gradient_checkpointing"):
         rows = min(config.batch, config.samples_per_epoch * config.steps)
@@ -586,10 +590,13 @@ def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> Simple
         for name, part in parts.items():
             if saved.get(name):  # GradScaler has no state in fp32
                 part.load_state_dict(saved[name])
-    parts["optimizer"].param_groups[0]["lr"] = config.lr
+    parts["optimizer"].param_groups[0]["lr"] = config.lr  # not the checkpoint's: it may change
     gather(torch.zeros(1))  # every process has now checked and loaded everything
-    name = f"{Path(config.script).stem}-{config.reward.rpartition(':')[2]}"
-    folder = [config.resume or config.out or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"]
+    run_name = f"{Path(config.script).stem}-{config.reward.rpartition(':')[2]}"
+    folder = [config.resume or config.out or f"runs/{run_name}-{datetime.now():%Y%m%d-%H%M%S-%f}"]
+    if config.out and RANK == 0:  # it may have files of a failed run
+        for file in [*Path(config.out).glob("*/epoch_*"), Path(config.out, "evaluation.json")]:
+            file.unlink(missing_ok=True)
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(folder)  # that of process 0
     folder = Path(folder[0])
@@ -600,14 +607,11 @@ def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> Simple
     with rewards.user_error(f"cannot make {str(folder)!r}", "choose another --out"):
         folder.mkdir(parents=True, exist_ok=bool(config.out or config.resume))
         (folder / "samples").mkdir(exist_ok=True)
-        if config.out:  # it may have files of a failed run
-            for file in [*folder.glob("samples/epoch_*.png"), *folder.glob("data/epoch_*")]:
-                file.unlink()
-    with rewards.replacing(folder / "prompts.txt") as part:
-        part.write_text("\n".join(prompts), encoding="utf-8")
-    with rewards.replacing(folder / "config.json") as part:
-        settings = dataclasses.asdict(config) | {"out": "", "resume": ""}
-        part.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    with rewards.replacing(folder / "prompts.txt") as new_file:
+        new_file.write_text("\n".join(prompts), encoding="utf-8")
+    settings = dataclasses.asdict(config) | {"out": "", "resume": ""}
+    with rewards.replacing(folder / "config.json") as new_file:
+        new_file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     try:
         from torch.utils.tensorboard import SummaryWriter
         run.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=len(run.log))
@@ -625,8 +629,8 @@ def finished(log: list, config: Config) -> bool:
     return len(log) >= config.epochs or 0 < config.max_kl < sum(row["kl"] for row in log[-5:]) / 5
 
 def summary(infos: list, grad_norms: list, start_time: float) -> dict:
-    """Average over all pairs what the chunks of an epoch reported, except for ratio_deviation: its
-    maximum before the first update -> columns of log.csv."""
+    """Average what the chunks of an epoch reported over its pairs (of ratio_deviation, take the
+    maximum before the first update) and add gradient norm, time, memory -> columns of log.csv."""
     columns = {}
     for name in infos[0]:
         columns[name] = gather(torch.tensor([float(info[name]) for info in infos]))
@@ -646,26 +650,25 @@ def end_epoch(run: SimpleNamespace, row: dict):
     run.log.append(row)
     if RANK > 0:
         return
-    words = [f"epoch {row['epoch']}/{run.config.epochs}"]
-    for name, value in row.items():
-        if name != "epoch" and (value or name not in ("skipped", "gpu_gb")):
-            words.append(f"{name} {value:.4g}")
-    seconds_left = row["seconds"] * (run.config.epochs - row["epoch"])
-    print("  ".join(words), f" {timedelta(seconds=round(seconds_left))} left", flush=True)
-    if finished(run.log, run.config) or row["epoch"] % run.config.sample_every == 0:
+    epoch, epochs = row["epoch"], run.config.epochs
+    columns = [f"{name} {value:.4g}" for name, value in row.items()
+               if name != "epoch" and (value or name not in ("skipped", "gpu_gb"))]
+    time_left = timedelta(seconds=round(row["seconds"] * (epochs - epoch)))
+    print(f"epoch {epoch}/{epochs}", *columns, f"{time_left} left", sep="  ", flush=True)
+    if finished(run.log, run.config) or epoch % run.config.sample_every == 0:
         save_pictures(run)
     save_run(run)
 
 def save_run(run: SimpleNamespace):
-    """Write checkpoint.pt, and then what follows from it: log.csv, curves, and LoRA, which is kept
-    if the epoch has a picture. Raises ValueError."""
+    """Write checkpoint.pt (the state of the parts, settings, log), and then log.csv, LoRA (kept if
+    the epoch has a picture) and curves, which a resumed run writes again. Raises ValueError."""
     epoch, folder = len(run.log), run.folder
     saved = {name: part.state_dict() for name, part in run.parts.items()}
     saved["settings"] = dataclasses.asdict(run.config) | {"out": "", "resume": ""}
-    with rewards.replacing(folder / "checkpoint.pt") as part:
-        torch.save(saved | {"log": run.log}, part)
-    with rewards.replacing(folder / "log.csv") as part:
-        with open(part, "w", newline="", encoding="utf-8") as file:
+    with rewards.replacing(folder / "checkpoint.pt") as new_file:
+        torch.save(saved | {"log": run.log}, new_file)
+    with rewards.replacing(folder / "log.csv") as new_file:
+        with open(new_file, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, run.log[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(run.log)
@@ -688,12 +691,12 @@ def save_pictures(run: SimpleNamespace):
         captions.append(f"epoch {epoch}: {reward:.3f}\n{textwrap.fill(prompt, width)}")
     bottom = 24 + 18 * max(caption.count("\n") for caption in captions)
     tiles = []
-    for image, caption in zip(images, captions):
+    for image, prompt, caption in zip(images, prompts, captions):
         tile = ImageOps.expand(image.resize((256, 256), Image.BOX), (4, 4, 4, bottom), "white")
-        ImageDraw.Draw(tile).text((4, 262), caption, "black", rewards.caption_font(caption))
+        ImageDraw.Draw(tile).text((4, 262), caption, "black", rewards.caption_font(prompt))
         tiles.append(tile)
-    with rewards.replacing(run.folder / "samples" / f"epoch_{epoch:04d}.png") as part:
-        make_image_grid(tiles, 4, 4).save(part, "PNG")
+    with rewards.replacing(run.folder / "samples" / f"epoch_{epoch:04d}.png") as new_file:
+        make_image_grid(tiles, 4, 4).save(new_file, "PNG")
 
 def end_run(run: SimpleNamespace):
     """Make comparison.png, progress.png and progress.gif of at most eight of the pictures."""
@@ -713,26 +716,21 @@ def end_run(run: SimpleNamespace):
 
 
 # ---------- several processes, and the command line
-RANK, WORLD_SIZE = 0, 1
-if "LOCAL_RANK" in os.environ:  # started by torchrun
-    RANK = int(os.environ["RANK"])
-    WORLD_SIZE = int(os.environ["WORLD_SIZE"])
-
-def gather(share: Tensor) -> Tensor:
-    """Collect this process's samples RANK, RANK + WORLD_SIZE, ... -> those of all, in order."""
+def gather(rows: Tensor) -> Tensor:
+    """Collect the rows of all processes, (n, ...) each, interleaved -> (WORLD_SIZE n, ...)."""
     if WORLD_SIZE == 1:
-        return share
-    shares = [torch.empty_like(share) for _ in range(WORLD_SIZE)]
-    dist.all_gather(shares, share)
-    return torch.stack(shares, 1).flatten(0, 1)
+        return rows
+    collected = [torch.empty_like(rows) for _ in range(WORLD_SIZE)]
+    dist.all_gather(collected, rows)
+    return torch.stack(collected, 1).flatten(0, 1)
 
 class Parser(HfArgumentParser):
     def error(self, message: str):
         raise ValueError(message)
 
 def parse(argv: list | None = None, config_class=Config) -> Config:
-    """Read the settings: defaults, over them shapes/*.json if shapes/ is the model, the file of
-    --config, flags; or for --resume the run's config.json, flags. Raises ValueError."""
+    """Read the settings. Later ones win: the defaults, shapes/*.json if the model is shapes/, the
+    config.json of the run to --resume, the file of --config, flags. Raises ValueError."""
     parser = Parser(config_class, prog=config_class.script, usage="%(prog)s [--SETTING VALUE ...]",
                     description="paper: the published value; code: that of the authors' code",
                     formatter_class=HelpFormatter, allow_abbrev=False)
@@ -740,18 +738,20 @@ def parse(argv: list | None = None, config_class=Config) -> Config:
     parser.set_defaults(**{field.name: None for field in dataclasses.fields(config_class)})
     flags = vars(parser.parse_args(argv))
     flags = {name: value for name, value in flags.items() if value is not None}  # those given
-    file = flags.pop("config", None)
-    if flags.get("resume"):
-        file = f"{flags['resume']}/config.json"
-        if not Path(file).exists():
-            raise ValueError(f"cannot resume from {flags['resume']!r}: it has no config.json")
-    settings = (read_settings(file) if file else {}) | flags
+    settings = {}
+    if resume := flags.get("resume"):
+        if not Path(resume, "config.json").exists():
+            raise ValueError(f"cannot resume from {resume!r}: it has no config.json")
+        settings = read_settings(Path(resume, "config.json"))
+    if file := flags.pop("config", None):
+        settings |= read_settings(file)
+    settings |= flags
     on_cuda = str(settings.get("device", config_class.device)).startswith("cuda")
     if "model" not in settings and not on_cuda:
-        print(f"no model named and no CUDA GPU: training shapes/ by {config_class.shapes_settings}")
+        print(f"no model named, not on CUDA: training shapes/ by {config_class.shapes_settings}")
         settings["model"] = "shapes"
     root = Path(__file__).resolve().parent
-    model = rewards.resolve_path(str(settings.get("model", "")))
+    model = rewards.resolve_path(str(settings.get("model", config_class.model)))
     if model and model.resolve() == root / "shapes":
         settings = read_settings(root / config_class.shapes_settings) | settings
     with rewards.user_error("cannot use the settings", "see --help for their names"):
@@ -760,7 +760,7 @@ def parse(argv: list | None = None, config_class=Config) -> Config:
 def read_settings(file: str | Path) -> dict:
     """Read a JSON file of settings. Raises ValueError."""
     with rewards.user_error(f"cannot use settings file {str(file)!r}", "give a run's config.json"):
-        return dict(json.loads(Path(file).read_text(encoding="utf-8-sig")))
+        return {**json.loads(Path(file).read_text(encoding="utf-8-sig"))}
 
 def main(argv: list | None = None, config_class=Config, train=train) -> int:
     """Run the script -> exit status: 0; 2 for what the user can correct; 130 after Ctrl-C."""

@@ -12,14 +12,14 @@ pre-trained model, by gradient (9), with the value function of A.5 and the clipp
 Differences from the paper or its code:
 1. (9) leaves out the second sum of Eq. 16, in which later KLs act as rewards of earlier steps.
 2. The KL is that of Lemma 4.2, as a mean over the latent, like log p (see `log_prob`). The code has
-   the squared difference of the noises, which the KL weights by 0.07 to 5.4 along 50 steps.
+   the squared difference of the noises, to which the KL gives a weight of 0.07 to 5.4 by step.
 3. Eq. 25 is printed as an equality. With one ratio per step it holds only at theta_old, and so does
    (9), whose KL is at states of theta_old. Eq. 26 has the bounds of its clip the other way round.
 4. An update is the mean over n random pairs (i, k) of its epoch (code: of two epochs), not a sum.
 5. V is fitted after the policy, so that it has not seen the rewards from which it is subtracted
    (code: before). It then lags behind them, and all r - V may have one sign, so r - V is centred.
 6. Algorithm 2 was not released. Here t is any step of the sampler but the last, and f is the guided
-   prediction. Eq. 12 lacks a factor at gamma, Eq. 13 one that depends on t; both are as printed.
+   prediction. Eq. 12 and 13 are used as printed, though their proofs lack factors (2 and one in t).
 """
 import csv
 import dataclasses
@@ -50,6 +50,10 @@ import rewards
 # N samples per epoch, B per UNet call, K denoising steps, L text tokens of width E. A latent is
 # (4, H, W). t is the scheduler's timestep (981, 961, ..., 1), k the step's number (0, ..., K - 1).
 
+RANK, WORLD_SIZE = 0, 1  # the number of this process, and how many there are
+if "LOCAL_RANK" in os.environ:  # started by torchrun
+    RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
 def setting(default, help: str, shown=None):
     """Make a field of Config. `shown` is the default as --help prints it."""
     return dataclasses.field(
@@ -65,30 +69,30 @@ class Config:
     reward_options: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": "options of the reward, KEY=VALUE (default: none)"})
     prompts: str = setting("color", "color, count, composition, location, roses, file, or phrase")
-    unseen: str = setting("", "prompts that are evaluated only, given alike", "those of Fig. 10")
+    unseen: str = setting("", "prompts that are only evaluated, as above", "those of Fig. 10")
     algo: Literal["rl", "sft"] = setting("rl", "Algorithm 1 (rl) or Algorithm 2 (sft)")
     epochs: int = setting(2000, "number of epochs; paper: 2000")
     samples_per_epoch: int = setting(10, "images sampled per epoch, m; paper: 10")
     updates_per_epoch: int = setting(5, "optimiser steps per epoch; paper: 5, for sft 8000 in all")
     update_batch: int | None = setting(
-        None, "pairs per update, n; paper: the default; code: 48", "32, with --algo sft 128")
+        None, "pairs per update, n; paper: as here; code: 48", "32, with --algo sft 128")
     batch: int = setting(2, "samples or pairs per UNet call; guidance doubles the rows")
     alpha: float = setting(10.0, "weight of the reward; paper: 10")
     beta: float = setting(0.01, "weight of the KL to the pre-trained model; paper: 0.01")
     value: bool = setting(True, "subtract V from the reward (A.5); code: yes")
     value_lr: float = setting(1e-4, "learning rate of V's AdamW; paper: 1e-4")
     value_steps: int = setting(1, "optimiser steps of V per epoch; code: 1")
-    gamma: float = setting(2.0, "sft: weight of the KL, by which the reward is shifted; paper: 2")
+    gamma: float = setting(2.0, "sft: weight of the KL; paper: 2; reward + gamma < 0 is left out")
     kl_d: bool = setting(False, "sft: KL-D (Eq. 13) instead of KL-O, which section 5.2 uses")
     steps: int = setting(50, "denoising steps; code: 50")
     guidance: float = setting(7.5, "weight w of classifier-free guidance, 1 for none; code: 7.5")
     eta: float = setting(1.0, "noise of DDIM, above 0 and at most 1; code: 1")
     lr: float | None = setting(
-        None, "learning rate of AdamW; paper: the default", "1e-5, with --algo sft 2e-5")
+        None, "learning rate of AdamW; paper: as here", "1e-5, with --algo sft 2e-5")
     weight_decay: float = setting(0.01, "weight decay of AdamW; paper: AdamW's default; code: 0")
     max_grad_norm: float = setting(0.1, "norm to which the gradient is clipped; paper: 0.1")
     clip_range: float = setting(1e-4, "clip range of the ratio, see log_prob; paper: 1e-4")
-    max_kl: float = setting(0.0, "stop when the mean KL of five epochs is above this; 0 for never")
+    max_kl: float = setting(0.0, "stop when the mean KL of five epochs is above this, 0 for never")
     evaluation_images: int = setting(50, "images per prompt and model, 0 for none; paper: 50")
     rank: int = setting(4, "rank of LoRA; code: 4")
     seed: int = setting(0, "random seed; the same seed gives the same run")
@@ -96,7 +100,7 @@ class Config:
     precision: Literal["auto", "fp16", "fp32"] = setting("auto", "auto: fp16 on CUDA, else fp32")
     gradient_checkpointing: bool = setting(False, "save memory at the cost of time")
     compile: bool = setting(False, "compile the UNet with torch.compile")
-    sample_every: int = setting(10, "epochs between pictures, with which the LoRA is kept")
+    sample_every: int = setting(10, "epochs from one picture and kept LoRA to the next")
     out: str = setting("", "folder of the run", "a new one in runs/")
     resume: str = setting("", "folder of a run to continue", "none")
 
@@ -112,7 +116,7 @@ class Config:
             self.update_batch = 128 if self.algo == "sft" else 32
 
     def check(self):
-        """Check what concerns several settings. Raises ValueError."""
+        """Check what types and ranges do not cover. Raises ValueError."""
         for name in ("samples_per_epoch", "update_batch"):
             if getattr(self, name) % WORLD_SIZE:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be divisible by the number "
@@ -241,8 +245,8 @@ class ValueNetwork(nn.Module):
 # ---------- losses at B pairs (i, k) of a sample and a step; inputs are (B,) or latents
 def policy_loss(log_prob: Tensor, log_prob_old: Tensor, advantage: Tensor,
                 clip_range: float) -> tuple[Tensor, dict]:
-    """Compute the loss of Eq. 26, -E[ (r - V) clip(ratio, 1 - epsilon, 1 + epsilon) ], with
-    ratio = p_theta / p_theta_old and the advantage r - V.
+    """Compute the loss of Eq. 26, -E[ (r - V) clip(ratio, 1 - epsilon, 1 + epsilon) ], with the
+    advantage r - V and ratio = p_theta / p_theta_old or its D-th root (see log_prob).
 
     PPO's min is missing: outside the band the gradient is 0 on both sides, whatever the sign of
     r - V. At theta = theta_old the gradient is that of Lemma 4.1, Eq. 6, with r - V for r."""
@@ -265,10 +269,11 @@ def supervised_loss(x0_pred: Tensor, x0: Tensor, reward: Tensor, sigma: Tensor, 
 
     x0_pred = f_theta, x0, x0_pre (B, 4, H, W), sigma (B, 1, 1, 1). Norms are means over the latent.
     Pairs with r + gamma < 0 count as 0 (appendix B)."""
-    error = kl_divergence(x0_pred, x0, sigma)  # the squared distance over 2 sigma^2
+    error = ((x0_pred - x0) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
     loss = (reward + gamma) * error
     if x0_pre is not None:
-        loss = reward * error + gamma * kl_divergence(x0_pred, x0_pre, sigma)
+        error_pre = ((x0_pred - x0_pre) ** 2 / (2 * sigma**2)).flatten(1).mean(1)
+        loss = reward * error + gamma * error_pre
     left_out = reward + gamma < 0
     return loss.masked_fill(left_out, 0).mean(), {"left_out": left_out.float().mean()}
 
@@ -308,7 +313,7 @@ def train(config: Config) -> Path:
         # 2. Score: the reward r(x_0, z) of each image
         reward = gather(reward_fn(rollout.images, rollout.prompts)).to(pipe.device)  # (N,)
 
-        # 3. Advantages: r - V(x_t, z, k), with its mean taken off (A.5)
+        # 3. Advantages: r - V(x_t, z, k) (A.5), centred (difference 5)
         advantage = reward[:, None].expand(N, K)
         fit = {}
         if config.value:
@@ -319,8 +324,8 @@ def train(config: Config) -> Path:
 
         # 4. Update: one optimiser step per n random pairs (i, k), by Eq. 9
         infos, grad_norms = [], []
-        n = config.updates_per_epoch * config.update_batch // WORLD_SIZE  # pairs of this process
-        with tqdm(total=n, desc="updates", leave=False, disable=RANK > 0) as bar:
+        local_pairs = config.updates_per_epoch * config.update_batch // WORLD_SIZE
+        with tqdm(total=local_pairs, desc="updates", leave=False, disable=RANK > 0) as bar:
             for pairs in choose_pairs(N, K, config, rng):
                 for chunk in pairs[RANK::WORLD_SIZE].to(pipe.device).split(config.batch):
                     i, k = chunk.unbind(1)  # the numbers of samples and steps, (B,) each
@@ -336,7 +341,7 @@ def train(config: Config) -> Path:
                         with torch.no_grad(), pretrained(pipe.unet):
                             mean_pre, _ = policy(pipe, *state, config)
                         loss = loss + config.beta * kl_divergence(mean, mean_pre, sigma).mean()
-                    share = len(chunk) / len(pairs)  # of the mean over the update's pairs
+                    share = len(chunk) / len(pairs)  # of the update's pairs
                     scaler.scale(loss * share).backward()
                     infos.append({"update": len(grad_norms), "pairs": len(chunk), **info})
                     bar.update(len(chunk))
@@ -351,18 +356,17 @@ def train(config: Config) -> Path:
                 value_optimizer.zero_grad()
 
         # 6. Log and save
+        kl = kl_to_pretrained(pipe, rollout, config, rng)
         row = {"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(),
                "reward_std": reward.std(correction=0).item(),
-               **summary(infos, grad_norms, start_time), **fit,
-               "kl": kl_to_pretrained(pipe, rollout, config, rng)}
-        del rollout, latents  # makes room for the next
+               **summary(infos, grad_norms, start_time), **fit, "kl": kl}
         end_epoch(run, row)
     evaluate(run)
     end_run(run)
     return run.folder
 
 def choose_pairs(samples: int, steps: int, config: Config, rng: torch.Generator) -> tuple:
-    """Choose the n random pairs (i, k) of each update, none twice before all are used."""
+    """Choose each update's n random pairs (i, k), none twice before all are used -> (n, 2) each."""
     pairs = torch.cartesian_prod(torch.arange(samples), torch.arange(steps))
     needed = config.updates_per_epoch * config.update_batch
     rounds = math.ceil(needed / len(pairs))
@@ -400,12 +404,12 @@ def train_supervised(config: Config) -> Path:
     while not finished(run.log, config):
         epoch = len(run.log) + 1
         start_time = time.time()
-        rng = generator(config.seed, config.epochs + epoch, 0)
+        rng = generator(config.seed, config.epochs + epoch, 0)  # data: 1 to config.epochs
 
         # 2. Update: one optimiser step per n images, each noised to a random t > 1
         infos, grad_norms = [], []
-        n = config.updates_per_epoch * config.update_batch // WORLD_SIZE  # pairs of this process
-        with tqdm(total=n, desc="updates", leave=False, disable=RANK > 0) as bar:
+        local_pairs = config.updates_per_epoch * config.update_batch // WORLD_SIZE
+        with tqdm(total=local_pairs, desc="updates", leave=False, disable=RANK > 0) as bar:
             for pairs in choose_pairs(len(images), config.steps - 1, config, rng):
                 noises = torch.randn(len(pairs), *images.shape[1:], generator=rng)[RANK::WORLD_SIZE]
                 chunks = pairs[RANK::WORLD_SIZE].split(config.batch)
@@ -419,13 +423,12 @@ def train_supervised(config: Config) -> Path:
                     with torch.no_grad(), pretrained(pipe.unet):
                         eps_pre = predict_noise(pipe.unet, *state)
                         mean_pre, _ = step_distribution(pipe.scheduler, eps_pre, t, x_t, config.eta)
-                    x0_pred = predict_x0(pipe.scheduler, eps, t, x_t)  # f_theta
-                    f_pre = predict_x0(pipe.scheduler, eps_pre, t, x_t)
-                    x0_pre = None if config.kl_d else f_pre
+                    f_theta = predict_x0(pipe.scheduler, eps, t, x_t)
+                    f_pre = None if config.kl_d else predict_x0(pipe.scheduler, eps_pre, t, x_t)
                     loss, info = supervised_loss(
-                        x0_pred, x_0, reward[i].to(x_0), sigma, config.gamma, x0_pre)
+                        f_theta, x_0, reward[i].to(pipe.device), sigma, config.gamma, f_pre)
                     info["kl"] = kl_divergence(mean.detach(), mean_pre, sigma).mean()
-                    share = len(chunk) / len(pairs)  # of the mean over the update's pairs
+                    share = len(chunk) / len(pairs)  # of the update's pairs
                     scaler.scale(loss * share).backward()
                     infos.append({"update": len(grad_norms), "pairs": len(chunk), **info})
                     bar.update(len(chunk))
@@ -461,8 +464,8 @@ def sample_data(run: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
                 epochs.append((x_0, prompt_index, gather(run.reward_fn(rollout.images, prompts))))
                 if RANK == 0:
                     file.parent.mkdir(exist_ok=True)
-                    with rewards.replacing(file) as part:
-                        torch.save(epochs[-1], part)
+                    with rewards.replacing(file) as new_file:
+                        torch.save(epochs[-1], new_file)
             bar.update(1)
     x_0, prompt_index, reward = zip(*epochs)
     return torch.cat(x_0), torch.cat(prompt_index), torch.cat(reward)
@@ -517,7 +520,7 @@ class LoRAAttnProcessor(nn.Module):
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         layers = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out": attn.to_out[0]}
         for name, layer in layers.items():
-            A = torch.randn(rank, layer.in_features, generator=generator) / rank  # authors' code
+            A = torch.randn(rank, layer.in_features, generator=generator) / rank  # the code's
             self.A[name] = nn.Parameter(A.to(layer.weight.device))
             B = torch.zeros(layer.out_features, rank, device=layer.weight.device)
             self.B[name] = nn.Parameter(B)
@@ -568,8 +571,8 @@ def save_lora(unet: nn.Module, folder: Path):
             key = name.replace("processor", "to_out.0" if layer == "to_out" else layer)
             weights[f"{key}.lora_A.weight"] = processor.A[layer].detach().cpu()
             weights[f"{key}.lora_B.weight"] = processor.B[layer].detach().cpu()
-    with rewards.replacing(folder / "pytorch_lora_weights.safetensors") as part:
-        diffusers.StableDiffusionPipeline.save_lora_weights(folder, weights, weight_name=part.name)
+    with rewards.replacing(folder / "pytorch_lora_weights.safetensors") as file:
+        diffusers.StableDiffusionPipeline.save_lora_weights(folder, weights, weight_name=file.name)
 
 
 # ---------- prompts and model
@@ -639,9 +642,9 @@ def decode(pipe, x_0: Tensor) -> list:
     would make black images."""
     vae = pipe.vae
     pixels = vae.decode(x_0.to(vae.dtype) / vae.config.scaling_factor).sample.float()
-    for part, output in {"UNet": x_0, "VAE": pixels}.items():
+    for network, output in {"UNet": x_0, "VAE": pixels}.items():
         if not output.isfinite().all():
-            raise ValueError(f"the {part}'s output in {vae.dtype} has infinite or NaN values; "
+            raise ValueError(f"the {network}'s output in {vae.dtype} has infinite or NaN values; "
                              "use --precision fp32 or, if it happens during training, a lower --lr")
     return pipe.image_processor.postprocess(pixels)
 
@@ -652,10 +655,10 @@ LEFTOVERS = {"config.json", "config.part", "prompts.txt", "samples", "data", "te
 CHANGEABLE = ("epochs", "lr", "batch", "device", "precision", "sample_every", "max_kl", "kl_weight")
 
 def prepare(config: Config):
-    """Check the settings and load what they name -> pipe, prompts, reward function."""
+    """Check the settings and load what they name -> pipe, prompts, reward. Raises ValueError."""
     check_settings(config)
-    read_checkpoint(config)
-    kept = Path(config.resume, "prompts.txt")
+    read_checkpoint(config)  # refuses a wrong --resume or --out before anything is loaded
+    kept = Path(config.resume, "prompts.txt")  # of the run that --resume continues
     prompts = load_prompts(str(kept) if config.resume and kept.exists() else config.prompts)
     with rewards.user_error(f"device {config.device!r} is not available", "use cpu"):
         if WORLD_SIZE > 1 and config.device.startswith("cuda"):
@@ -681,7 +684,7 @@ def check_settings(config: Config):
         if type(value) in (int, float) and not (0 < value <= highest or is_zero):
             raise ValueError(f"{name} ({value}) must be {lowest} and at most {highest}")
         if value != getattr(parsed, name):
-            raise ValueError(f"{name} ({value!r}) must be {getattr(parsed, name)!r}")
+            raise ValueError(f"{name} ({value!r}) must be written {getattr(parsed, name)!r}")
     spacing = 1000 // config.steps
     if spacing * config.steps < 900:
         raise ValueError(f"steps ({config.steps}) would leave out the noisiest timesteps; use "
@@ -693,8 +696,9 @@ def read_checkpoint(config: Config) -> dict:
     """Check the folder of the run and read its checkpoint, {} if there is none. Raises ValueError
     where --resume changes a setting that must stay, or --out would overwrite files."""
     folder = Path(config.resume or config.out)
-    found = {path.name for path in folder.glob("*")}
-    if config.out and (folder.is_file() or found and not {"samples"} <= found <= LEFTOVERS):
+    found = {path.name for path in folder.glob("*") if path.suffix != ".part"}  # .part: unfinished
+    of_failed_run = "samples" in found and found <= LEFTOVERS  # one that failed in its first epoch
+    if config.out and not config.resume and (folder.is_file() or found and not of_failed_run):
         raise ValueError(f"out {config.out!r} is not an empty folder; name a new one")
     if not config.resume:
         return {}
@@ -705,14 +709,14 @@ def read_checkpoint(config: Config) -> dict:
         if "checkpoint.pt" in found:
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         for name, value in saved["settings"].items():
-            fixed = name not in CHANGEABLE or (name, config.algo) == ("epochs", "sft")
+            fixed = name not in CHANGEABLE or (name == "epochs" and config.algo == "sft")
             if fixed and name != "resume" and getattr(config, name) != value:
-                raise ValueError(f"{name} was {value!r}; only {', '.join(CHANGEABLE)} can change")
+                raise ValueError(f"{name} was {value!r}, which cannot change within a run")
     return saved
 
 def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> SimpleNamespace:
-    """Try a UNet call as large as an update's; make the run's folder, or bring the parts, each with
-    a state_dict, back to its checkpoint -> the run. Raises ValueError."""
+    """Try a UNet call of the largest size; for --resume, load the checkpoint into the parts, which
+    each have a state_dict; write the folder's first files -> the run. Raises ValueError."""
     with rewards.user_error(f"cannot train model {config.model!r}",
                             "use Stable Diffusion 1.x, a lower --batch, --gradient_checkpointing"):
         rows = min(config.batch, config.samples_per_epoch * config.steps)
@@ -727,10 +731,13 @@ def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> Simple
         for name, part in parts.items():
             if saved.get(name):  # GradScaler has no state in fp32
                 part.load_state_dict(saved[name])
-    parts["optimizer"].param_groups[0]["lr"] = config.lr
+    parts["optimizer"].param_groups[0]["lr"] = config.lr  # not the checkpoint's: it may change
     gather(torch.zeros(1))  # every process has now checked and loaded everything
-    name = f"{Path(config.script).stem}-{config.reward.rpartition(':')[2]}"
-    folder = [config.resume or config.out or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"]
+    run_name = f"{Path(config.script).stem}-{config.reward.rpartition(':')[2]}"
+    folder = [config.resume or config.out or f"runs/{run_name}-{datetime.now():%Y%m%d-%H%M%S-%f}"]
+    if config.out and RANK == 0:  # it may have files of a failed run
+        for file in [*Path(config.out).glob("*/epoch_*"), Path(config.out, "evaluation.json")]:
+            file.unlink(missing_ok=True)
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(folder)  # that of process 0
     folder = Path(folder[0])
@@ -741,14 +748,11 @@ def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> Simple
     with rewards.user_error(f"cannot make {str(folder)!r}", "choose another --out"):
         folder.mkdir(parents=True, exist_ok=bool(config.out or config.resume))
         (folder / "samples").mkdir(exist_ok=True)
-        if config.out:  # it may have files of a failed run
-            for file in [*folder.glob("samples/epoch_*.png"), *folder.glob("data/epoch_*")]:
-                file.unlink()
-    with rewards.replacing(folder / "prompts.txt") as part:
-        part.write_text("\n".join(prompts), encoding="utf-8")
-    with rewards.replacing(folder / "config.json") as part:
-        settings = dataclasses.asdict(config) | {"out": "", "resume": ""}
-        part.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    with rewards.replacing(folder / "prompts.txt") as new_file:
+        new_file.write_text("\n".join(prompts), encoding="utf-8")
+    settings = dataclasses.asdict(config) | {"out": "", "resume": ""}
+    with rewards.replacing(folder / "config.json") as new_file:
+        new_file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     try:
         from torch.utils.tensorboard import SummaryWriter
         run.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=len(run.log))
@@ -766,8 +770,8 @@ def finished(log: list, config: Config) -> bool:
     return len(log) >= config.epochs or 0 < config.max_kl < sum(row["kl"] for row in log[-5:]) / 5
 
 def summary(infos: list, grad_norms: list, start_time: float) -> dict:
-    """Average over all pairs what the chunks of an epoch reported, except for ratio_deviation: its
-    maximum before the first update -> columns of log.csv."""
+    """Average what the chunks of an epoch reported over its pairs (of ratio_deviation, take the
+    maximum before the first update) and add gradient norm, time, memory -> columns of log.csv."""
     columns = {}
     for name in infos[0]:
         columns[name] = gather(torch.tensor([float(info[name]) for info in infos]))
@@ -787,26 +791,25 @@ def end_epoch(run: SimpleNamespace, row: dict):
     run.log.append(row)
     if RANK > 0:
         return
-    words = [f"epoch {row['epoch']}/{run.config.epochs}"]
-    for name, value in row.items():
-        if name != "epoch" and (value or name not in ("skipped", "gpu_gb")):
-            words.append(f"{name} {value:.4g}")
-    seconds_left = row["seconds"] * (run.config.epochs - row["epoch"])
-    print("  ".join(words), f" {timedelta(seconds=round(seconds_left))} left", flush=True)
-    if finished(run.log, run.config) or row["epoch"] % run.config.sample_every == 0:
+    epoch, epochs = row["epoch"], run.config.epochs
+    columns = [f"{name} {value:.4g}" for name, value in row.items()
+               if name != "epoch" and (value or name not in ("skipped", "gpu_gb"))]
+    time_left = timedelta(seconds=round(row["seconds"] * (epochs - epoch)))
+    print(f"epoch {epoch}/{epochs}", *columns, f"{time_left} left", sep="  ", flush=True)
+    if finished(run.log, run.config) or epoch % run.config.sample_every == 0:
         save_pictures(run)
     save_run(run)
 
 def save_run(run: SimpleNamespace):
-    """Write checkpoint.pt, and then what follows from it: log.csv, curves, and LoRA, which is kept
-    if the epoch has a picture. Raises ValueError."""
+    """Write checkpoint.pt (the state of the parts, settings, log), and then log.csv, LoRA (kept if
+    the epoch has a picture) and curves, which a resumed run writes again. Raises ValueError."""
     epoch, folder = len(run.log), run.folder
     saved = {name: part.state_dict() for name, part in run.parts.items()}
     saved["settings"] = dataclasses.asdict(run.config) | {"out": "", "resume": ""}
-    with rewards.replacing(folder / "checkpoint.pt") as part:
-        torch.save(saved | {"log": run.log}, part)
-    with rewards.replacing(folder / "log.csv") as part:
-        with open(part, "w", newline="", encoding="utf-8") as file:
+    with rewards.replacing(folder / "checkpoint.pt") as new_file:
+        torch.save(saved | {"log": run.log}, new_file)
+    with rewards.replacing(folder / "log.csv") as new_file:
+        with open(new_file, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, run.log[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(run.log)
@@ -829,12 +832,12 @@ def save_pictures(run: SimpleNamespace):
         captions.append(f"epoch {epoch}: {reward:.3f}\n{textwrap.fill(prompt, width)}")
     bottom = 24 + 18 * max(caption.count("\n") for caption in captions)
     tiles = []
-    for image, caption in zip(images, captions):
+    for image, prompt, caption in zip(images, prompts, captions):
         tile = ImageOps.expand(image.resize((256, 256), Image.BOX), (4, 4, 4, bottom), "white")
-        ImageDraw.Draw(tile).text((4, 262), caption, "black", rewards.caption_font(caption))
+        ImageDraw.Draw(tile).text((4, 262), caption, "black", rewards.caption_font(prompt))
         tiles.append(tile)
-    with rewards.replacing(run.folder / "samples" / f"epoch_{epoch:04d}.png") as part:
-        make_image_grid(tiles, 4, 4).save(part, "PNG")
+    with rewards.replacing(run.folder / "samples" / f"epoch_{epoch:04d}.png") as new_file:
+        make_image_grid(tiles, 4, 4).save(new_file, "PNG")
 
 def end_run(run: SimpleNamespace):
     """Make comparison.png, progress.png and progress.gif of at most eight of the pictures."""
@@ -861,8 +864,8 @@ def plan_evaluation(run: SimpleNamespace):
     trained = set(run.prompts)
     prompts = dict.fromkeys(run.prompts + unseen)
     table = [{"prompt": prompt, "trained": prompt in trained} for prompt in prompts]
-    with rewards.replacing(file) as part:
-        part.write_text(json.dumps(table, indent=2), encoding="utf-8")
+    with rewards.replacing(file) as new_file:
+        new_file.write_text(json.dumps(table, indent=2), encoding="utf-8")
     print(f"evaluation at the end: {2 * len(table) * config.evaluation_images} images of "
           f"{len(table)} prompts; --evaluation_images 0 skips it")
 
@@ -887,32 +890,27 @@ def evaluate(run: SimpleNamespace):
                 row[name] = {"mean": mean, "standard_error": error}
                 tqdm.write(f"{row['prompt']}, {name}: reward {mean:.3f} +- {error:.3f}")
             row |= {"images": n, "epoch": len(run.log)}
-            with rewards.replacing(file) as part:
-                part.write_text(json.dumps(table, indent=2), encoding="utf-8")
+            with rewards.replacing(file) as new_file:
+                new_file.write_text(json.dumps(table, indent=2), encoding="utf-8")
             bar.update(1)
 
 
 # ---------- several processes, and the command line
-RANK, WORLD_SIZE = 0, 1
-if "LOCAL_RANK" in os.environ:  # started by torchrun
-    RANK = int(os.environ["RANK"])
-    WORLD_SIZE = int(os.environ["WORLD_SIZE"])
-
-def gather(share: Tensor) -> Tensor:
-    """Collect this process's samples RANK, RANK + WORLD_SIZE, ... -> those of all, in order."""
+def gather(rows: Tensor) -> Tensor:
+    """Collect the rows of all processes, (n, ...) each, interleaved -> (WORLD_SIZE n, ...)."""
     if WORLD_SIZE == 1:
-        return share
-    shares = [torch.empty_like(share) for _ in range(WORLD_SIZE)]
-    dist.all_gather(shares, share)
-    return torch.stack(shares, 1).flatten(0, 1)
+        return rows
+    collected = [torch.empty_like(rows) for _ in range(WORLD_SIZE)]
+    dist.all_gather(collected, rows)
+    return torch.stack(collected, 1).flatten(0, 1)
 
 class Parser(HfArgumentParser):
     def error(self, message: str):
         raise ValueError(message)
 
 def parse(argv: list | None = None, config_class=Config) -> Config:
-    """Read the settings: defaults, over them shapes/*.json if shapes/ is the model, the file of
-    --config, flags; or for --resume the run's config.json, flags. Raises ValueError."""
+    """Read the settings. Later ones win: the defaults, shapes/*.json if the model is shapes/, the
+    config.json of the run to --resume, the file of --config, flags. Raises ValueError."""
     parser = Parser(config_class, prog=config_class.script, usage="%(prog)s [--SETTING VALUE ...]",
                     description="paper: the published value; code: that of the authors' code",
                     formatter_class=HelpFormatter, allow_abbrev=False)
@@ -920,18 +918,20 @@ def parse(argv: list | None = None, config_class=Config) -> Config:
     parser.set_defaults(**{field.name: None for field in dataclasses.fields(config_class)})
     flags = vars(parser.parse_args(argv))
     flags = {name: value for name, value in flags.items() if value is not None}  # those given
-    file = flags.pop("config", None)
-    if flags.get("resume"):
-        file = f"{flags['resume']}/config.json"
-        if not Path(file).exists():
-            raise ValueError(f"cannot resume from {flags['resume']!r}: it has no config.json")
-    settings = (read_settings(file) if file else {}) | flags
+    settings = {}
+    if resume := flags.get("resume"):
+        if not Path(resume, "config.json").exists():
+            raise ValueError(f"cannot resume from {resume!r}: it has no config.json")
+        settings = read_settings(Path(resume, "config.json"))
+    if file := flags.pop("config", None):
+        settings |= read_settings(file)
+    settings |= flags
     on_cuda = str(settings.get("device", config_class.device)).startswith("cuda")
     if "model" not in settings and not on_cuda:
-        print(f"no model named and no CUDA GPU: training shapes/ by {config_class.shapes_settings}")
+        print(f"no model named, not on CUDA: training shapes/ by {config_class.shapes_settings}")
         settings["model"] = "shapes"
     root = Path(__file__).resolve().parent
-    model = rewards.resolve_path(str(settings.get("model", "")))
+    model = rewards.resolve_path(str(settings.get("model", config_class.model)))
     if model and model.resolve() == root / "shapes":
         settings = read_settings(root / config_class.shapes_settings) | settings
     with rewards.user_error("cannot use the settings", "see --help for their names"):
@@ -940,7 +940,7 @@ def parse(argv: list | None = None, config_class=Config) -> Config:
 def read_settings(file: str | Path) -> dict:
     """Read a JSON file of settings. Raises ValueError."""
     with rewards.user_error(f"cannot use settings file {str(file)!r}", "give a run's config.json"):
-        return dict(json.loads(Path(file).read_text(encoding="utf-8-sig")))
+        return {**json.loads(Path(file).read_text(encoding="utf-8-sig"))}
 
 def main(argv: list | None = None, config_class=Config, train=train) -> int:
     """Run the script -> exit status: 0; 2 for what the user can correct; 130 after Ctrl-C."""

@@ -29,7 +29,7 @@ from PIL import Image, ImageFont
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-# Nothing here needs the torchvision that transformers recommends.
+# Silence transformers' advice to install torchvision, which nothing here needs.
 transformers.logging.get_logger("transformers.utils.import_utils").setLevel("ERROR")
 
 def as_jpeg(image: Image.Image, quality: int) -> io.BytesIO:
@@ -39,11 +39,11 @@ def as_jpeg(image: Image.Image, quality: int) -> io.BytesIO:
     return file
 
 def incompressibility(images: list, prompts: list) -> Tensor:
-    """JPEG size in kB (DDPO 5.1), at quality 95 as in the authors' code -> (N,). Noise games it."""
+    """JPEG size in kB (DDPO 5.1), quality 95 as in the authors' code -> (N,). Noise scores high."""
     return torch.tensor([len(as_jpeg(image, 95).getvalue()) / 1000 for image in images])
 
 def jpeg(images: list, prompts: list) -> Tensor:
-    """Compressibility, minus the JPEG size in kB (DDPO 5.1) -> (N,). An empty image games it."""
+    """Compressibility, minus the JPEG size in kB (DDPO 5.1) -> (N,). A blank image scores high."""
     return -incompressibility(images, prompts)
 
 def load_model(kind, source: str, device: str, dtype=torch.float32, **options) -> nn.Module:
@@ -84,7 +84,7 @@ def five_layers() -> nn.Sequential:
 
 class Aesthetic:
     """LAION's aesthetic score, about 1 to 10 (DDPO 5.1): a linear head, trained on human ratings,
-    on CLIP ViT-L/14's unit embedding. It ignores the prompt; one style for all games it."""
+    on CLIP ViT-L/14's unit embedding. It ignores the prompt, so one style may win for all."""
 
     def __init__(self, device="cpu", clip="openai/clip-vit-large-patch14",
                  head="trl-lib/ddpo-aesthetic-predictor", batch=32):
@@ -100,7 +100,7 @@ class Aesthetic:
 
 class ImageReward:
     """ImageReward (arXiv:2304.05977), DPOK's reward: a head, trained on human preferences, scores
-    BLIP's features; mean 0, deviation 1 on its data. Over-saturated colours game it (DPOK 5.3)."""
+    BLIP's features; mean 0, deviation 1 on its data. Saturated images score high (DPOK 5.3)."""
 
     names = (  # in the checkpoint, as a regular expression, and in transformers
         ("^blip.visual_encoder", "vision"), ("^blip.text_encoder", "text"), ("^mlp.layers", "head"),
@@ -149,7 +149,7 @@ class ImageReward:
 
 class VLMBertScore:
     """llava: prompt alignment (DDPO 5.1). A vision-language model describes the image; BERTScore's
-    recall says how much of the prompt it covers. Text in the image games it (appendix A)."""
+    recall says how much of the prompt it covers. Text in the image scores high (appendix A)."""
 
     question = "Answer concisely: what is going on in this image?"  # the authors' code
     reference = "The image contains {}"
@@ -163,7 +163,7 @@ class VLMBertScore:
         self.vlm = load_model(transformers.AutoModelForImageTextToText, vlm, device, "auto")
         self.processor = transformers.AutoProcessor.from_pretrained(vlm)
         self.processor.tokenizer.padding_side = "left"  # all answers start at the same position
-        for tokenizer in (self.tokenizer, self.processor.tokenizer):  # transformers accepts such
+        for tokenizer in (self.tokenizer, self.processor.tokenizer):  # an empty one loads
             if set(tokenizer("the").input_ids) <= set(tokenizer.all_special_ids):
                 raise ValueError("a tokenizer has no vocabulary")
         content = [{"type": "image"}, {"type": "text", "text": self.question}]
@@ -197,7 +197,8 @@ class VLMBertScore:
         reference, _, is_word = self.embed(references)
         similarity = reference @ answer.transpose(1, 2)  # (B, reference tokens, answer tokens)
         best = similarity.masked_fill(~is_token[:, None], -1).amax(2)
-        return (best * is_word).sum(1) / is_word.sum(1) * is_answer_word.any(1)
+        recall = (best * is_word).sum(1) / is_word.sum(1)
+        return recall * is_answer_word.any(1)
 
     def __call__(self, images: list, prompts: list) -> Tensor:
         return self.recall(self.answer(images), [self.reference.format(p) for p in prompts])
@@ -230,19 +231,19 @@ def load(name: str, /, device: str = "cpu", **options):
             spec.loader.exec_module(module)
             reward = getattr(module, attribute)
         if inspect.isclass(reward):
+            if int(options.get("batch", 1)) < 1:
+                raise ValueError(f"batch ({options['batch']}) must be at least 1")
             reward = reward(device=device, **options)
         else:
             inspect.signature(reward).bind([], [], **options)
             reward = functools.partial(reward, **options)
-        if getattr(reward, "batch", 1) < 1:
-            raise ValueError(f"batch ({reward.batch}) must be at least 1")
     return functools.partial(score, reward, name, path)
 
 @torch.no_grad()
 def score(reward, name: str, file: str, images: list, prompts: list) -> Tensor:
     """Score copies of the images, a model's batch at a time -> float32 (N,) on the CPU. Raises
     ValueError, naming the prompt, unless there is one finite number for each image."""
-    size = getattr(reward, "batch", len(images))
+    size = int(getattr(reward, "batch", len(images)))
     scores = []
     for start in range(0, len(images), size):
         copies = [image.copy() for image in images[start:start + size]]
@@ -269,15 +270,15 @@ FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.lo
 
 @contextmanager
 def user_error(problem: str, remedy: str, file: str = ""):
-    """Turn any error inside into a ValueError of one line: the problem, the error, the line of `file`
-    where it arose, and the remedy."""
+    """Turn any error inside into a ValueError of one line: the problem, the error, the line of
+    `file` where it arose, and the remedy."""
     try:
         yield
     except (Exception, SystemExit) as error:  # hubs and file formats have errors of their own
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         reason = " ".join(f"{kind}{error}".split())[:300]
         for frame in traceback.extract_tb(error.__traceback__):
-            if file and frame.filename.endswith(Path(file).name):
+            if file and frame.filename == str(resolve_path(file).resolve()):
                 reason += f", line {frame.lineno} of {file}"
         raise ValueError(f"{problem} ({reason}); {remedy}") from error
 
@@ -298,7 +299,7 @@ def caption_font(text: str):
                 with suppress(OSError):  # some fonts have no such size
                     font = ImageFont.truetype(file, 15)
                     blank = bytes(font.getmask("\uffff"))  # stands for a missing character
-                    count = sum(bytes(font.getmask(c)) != blank for c in text)
+                    count = sum(c.isprintable() and bytes(font.getmask(c)) != blank for c in text)
                     if count > best_count:
                         best, best_count = font, count
     return best

@@ -1,0 +1,712 @@
+"""One pass gives the gradient of two, RWR follows its definition, claims.py measures what it says,
+and the pages have its numbers.
+
+    python -m pytest -q tests/test_experiments.py  # with experiments/requirements.txt; two minutes
+
+What the README says about learning is measured by claims.py, with eight seeds or more. Here the
+README is compared with the stored numbers.
+"""
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import claims
+import ddpo
+import rewards
+import rwr
+import single_pass
+from test_ddpo import disturb, flags, read_log
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = ROOT / "experiments"
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory):
+    """A folder with the text parts of shapes/ and a tiny random UNet and decoder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pipeline")
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=64,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=4)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4,
+        up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=4)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(ROOT / "shapes", unet=unet, vae=vae)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(pipeline, tmp_path):
+    """Settings of a run of DDPO_SF on the random pipeline that takes seconds."""
+    return ddpo.Config(
+        model=str(pipeline), prompts="shapes/prompts.txt", algo="sf", samples_per_epoch=8, steps=3,
+        epochs=2, batch=4, min_count=2, lr=1e-3, sample_every=9, device="cpu",
+        out=str(tmp_path / "run"))
+
+
+@pytest.fixture
+def regression(pipeline, tmp_path):
+    """Settings of two rounds of RWR on the random pipeline; `batch` divides neither number."""
+    return rwr.Config(
+        model=str(pipeline), prompts="two red squares", samples_per_epoch=16, steps=3, epochs=2,
+        batch=3, updates_per_epoch=3, update_batch=8, inverse_temperature=400.0, percentile=0.6,
+        lr=1e-3, sample_every=9, device="cpu", out=str(tmp_path / "run"))
+
+
+def read_lora(folder):
+    return load_file(Path(folder, "lora", "pytorch_lora_weights.safetensors"))
+
+
+def assert_same_lora(folder, other):
+    a, b = read_lora(folder), read_lora(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@dataclasses.dataclass
+class Update:
+    """What `the_update` sees of a run."""
+    pipe: object = None
+    rollout: object = None
+    lora: list = None
+    gradients: list = None  # of each parameter of LoRA, at the last update
+
+
+@pytest.fixture
+def the_update(monkeypatch):
+    """Run with LoRA as training might leave it, and keep the gradient instead of making the
+    update."""
+    seen = Update()
+    add_lora = ddpo.add_lora
+
+    def add_disturbed_lora(*args):
+        lora = add_lora(*args)
+        disturb(lora)
+        return lora
+
+    def keep_the_gradient(lora, *others):
+        seen.lora = lora
+        seen.gradients = [parameter.grad.clone() for parameter in lora]
+        return 0.0
+
+    def keep_the_rollout(pipe, rollout, *others):
+        seen.pipe = pipe
+        seen.rollout = rollout
+        return 0.0
+
+    monkeypatch.setattr(ddpo, "add_lora", add_disturbed_lora)
+    monkeypatch.setattr(ddpo, "optimizer_step", keep_the_gradient)
+    monkeypatch.setattr(ddpo, "kl_to_pretrained", keep_the_rollout)
+    return seen
+
+
+def assert_gradients_agree(update):
+    """Compare the gradients that a run had with those that a test has computed since."""
+    for gradient, parameter in zip(update.gradients, update.lora, strict=True):
+        assert parameter.grad.norm() > 0
+        assert (gradient - parameter.grad).norm() <= 1e-4 * parameter.grad.norm()
+
+
+# ---------- one pass
+
+@pytest.mark.parametrize("guidance, checkpointing", [(5.0, False), (1.0, False), (5.0, True)])
+def test_one_pass_has_the_gradient_of_two(guidance, checkpointing, config, the_update):
+    """Seven samples in batches of four: the gradient collected while sampling is that of the loss
+    at all pairs (i, k)."""
+    config = dataclasses.replace(
+        config, samples_per_epoch=7, steps=5, epochs=1, advantage_clip=1.0, guidance=guidance,
+        gradient_checkpointing=checkpointing, min_count=32)
+    single_pass.train(config)
+    pipe, one = the_update.pipe, the_update.rollout
+
+    # Reference: sample, and then go through all steps again
+    generators = [ddpo.generator(config.seed, 1, i) for i in range(7)]
+    two = ddpo.sample(pipe, one.prompts, config, generators)
+    reward = rewards.jpeg(two.images, two.prompts)
+    advantage = ddpo.PromptStatistics(32, 32).update(two.prompts, reward)
+    assert advantage.min() < -1 or advantage.max() > 1  # so that the clip matters
+    advantage = advantage.clamp(-1, 1)
+    pipe.unet.zero_grad()
+    for k, t in enumerate(two.timesteps):
+        x_t, x_prev = two.latents[:, k], two.latents[:, k + 1]
+        mean, sigma = ddpo.policy(pipe, x_t, t.expand(7), two.cond, two.uncond, config)
+        log_prob = ddpo.log_prob(x_prev, mean, sigma)
+        loss, _ = ddpo.score_function_loss(log_prob, advantage)
+        (loss / config.steps).backward()
+
+    assert_gradients_agree(the_update)
+    for name in ("cond", "uncond", "timesteps", "latents", "log_probs"):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+    for a, b in zip(one.images, two.images, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_after_one_pass_the_unet_has_the_shared_lora_again(config, the_update):
+    single_pass.train(dataclasses.replace(config, epochs=1))
+    unet = the_update.pipe.unet
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    for parameter, shared in zip(trained, the_update.lora, strict=True):
+        assert parameter is shared
+
+
+class Saved:
+    """A tensor that waits for a backward pass. Counts those that wait, and their maximum."""
+    count = 0
+    peak = 0
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        Saved.count += 1
+        Saved.peak = max(Saved.peak, Saved.count)
+
+    def __del__(self):
+        Saved.count -= 1
+
+    def unpack(self):
+        return self.tensor
+
+
+def test_the_memory_of_one_pass_does_not_grow_with_the_steps(config):
+    """With eight steps no more tensors wait for a backward pass at once than with two."""
+    pipe = ddpo.load_pipeline(config)
+    ddpo.add_lora(pipe.unet, config.rank)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    generators = [ddpo.generator(config.seed, 1, i) for i in range(4)]
+    peaks = {}
+    for steps in (2, 8):
+        Saved.peak = 0
+        short = dataclasses.replace(config, steps=steps)
+        with torch.autograd.graph.saved_tensors_hooks(Saved, Saved.unpack):
+            single_pass.sample_and_trace(pipe, claims.ALL[:4], short, generators, scaler)
+        peaks[steps] = Saved.peak
+    assert Saved.count == 0
+    assert peaks[2] == peaks[8] > 0
+
+
+def test_a_run_in_one_pass_is_that_in_two(config, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert single_pass.main(flags(config, out=one)) == 0
+    assert ddpo.main(flags(config, out=two)) == 0
+
+    for name, weights in read_lora(two).items():
+        torch.testing.assert_close(read_lora(one)[name], weights, rtol=0, atol=1e-5)
+    for a, b in zip(read_log(one), read_log(two), strict=True):
+        assert a.keys() == b.keys()
+        assert float(b["grad_norm"]) > 0
+        for name in ("reward_mean", "grad_norm"):
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3)
+
+
+def test_one_pass_in_fp16_scales_its_gradient_as_two_do(config, tmp_path):
+    """Its scale is not that of a sum over all pairs, which would overflow. A skipped update is a
+    lost epoch."""
+    norms = {}
+    for script in (ddpo, single_pass):
+        folder = tmp_path / script.__name__
+        changes = {"epochs": 1, "samples_per_epoch": 32, "precision": "fp16", "out": folder}
+        assert script.main(flags(config, **changes)) == 0
+        row, = read_log(folder)
+        assert row["skipped"] == "0"
+        norms[script] = float(row["grad_norm"])
+    assert norms[ddpo] > 0
+    assert norms[single_pass] == pytest.approx(norms[ddpo], rel=0.02)
+
+
+def test_a_resumed_run_in_one_pass_ends_as_if_it_had_not_stopped(config, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert single_pass.main(flags(config, out=whole)) == 0
+    assert single_pass.main(flags(config, out=stopped, epochs=1)) == 0
+    assert single_pass.main(["--resume", str(stopped), "--epochs", "2"]) == 0
+    assert len(read_log(stopped)) == 2
+    assert_same_lora(stopped, whole)
+
+
+@pytest.mark.parametrize("name, value", [("kl_weight", "0.1"), ("algo", "is")])
+def test_one_pass_refuses_a_penalty_and_the_other_estimator_in_one_line(
+        name, value, config, capsys):
+    assert single_pass.main([*flags(config), f"--{name}", value]) == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert name in last_line and value in last_line
+    assert not Path(config.out).exists()
+
+
+def test_one_pass_refuses_settings_of_ddpo_that_need_two(config):
+    with pytest.raises(ValueError, match="algo .* must be sf"):
+        single_pass.train(dataclasses.replace(config, algo="is"))
+    assert not Path(config.out).exists()
+
+
+# ---------- reward-weighted regression
+
+def test_the_weights_are_a_softmax_over_the_images_of_each_prompt(regression):
+    """exp(0.2 r) is 1.2214, 1.8221 and 0.8187 for prompt 0, with sum 3.8623, and e^4 and e^2 for
+    prompt 1, with sum 61.9872. Their means are to be 1."""
+    config = dataclasses.replace(regression, inverse_temperature=0.2)
+    prompt_index = torch.tensor([0, 1, 0, 1, 0])
+    reward = torch.tensor([1.0, 20.0, 3.0, 10.0, -1.0])
+    expected = torch.tensor([3 * 1.2214 / 3.8623, 2 * 54.5982 / 61.9872, 3 * 1.8221 / 3.8623,
+                             2 * 7.3891 / 61.9872, 3 * 0.8187 / 3.8623])
+    weight = rwr.weights(prompt_index, reward, config)
+    torch.testing.assert_close(weight, expected, rtol=1e-4, atol=0)
+
+    far_apart = reward + 1000.0 * prompt_index  # the other prompt's rewards do not matter
+    weight = rwr.weights(prompt_index, far_apart, config)
+    torch.testing.assert_close(weight, expected, rtol=1e-4, atol=0)
+
+
+def test_the_sparse_weights_keep_the_best_tenth_of_each_prompt(regression):
+    config = dataclasses.replace(regression, algo="sparse", percentile=0.9)
+    prompt_index = torch.arange(40) % 2
+    reward = torch.randperm(40).float()
+    reward[prompt_index == 1] += 100  # all of its images are better than those of prompt 0
+
+    weight = rwr.weights(prompt_index, reward, config)
+
+    assert set(weight.tolist()) == {0.0, 1.0}
+    for number in (0, 1):
+        kept = reward[(prompt_index == number) & (weight > 0)]
+        best = reward[prompt_index == number].topk(2).values
+        assert sorted(kept.tolist()) == sorted(best.tolist())
+
+
+@pytest.mark.parametrize("algo", ["rwr", "sparse"])
+def test_an_update_of_rwr_is_that_of_its_definition(algo, regression, the_update):
+    """The gradient is that of the mean over 8 of the round's images of
+    w || eps - eps_theta(x_t, t, c) ||^2, with x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps and the
+    guided eps_theta. The weights of the UNet are not those of p_pre."""
+    config = dataclasses.replace(regression, algo=algo, epochs=1, updates_per_epoch=1)
+    rwr.train(config)
+    pipe, rollout = the_update.pipe, the_update.rollout
+
+    # Reference: the same random numbers, in their order
+    rng = ddpo.generator(config.seed, 1, 16)
+    prompt_index = torch.randint(1, (16,), generator=rng)
+    reward = rewards.jpeg(rollout.images, rollout.prompts)
+    weight = rwr.weights(prompt_index, reward, config)
+    candidates = weight.nonzero()[:, 0]
+    i = candidates[torch.randperm(len(candidates), generator=rng)]
+    if algo == "sparse":  # seven images are candidates, so the eighth is one of a second round
+        assert len(candidates) == 7
+        i = torch.cat([i, candidates[torch.randperm(len(candidates), generator=rng)]])
+    else:
+        assert len(candidates) == 16
+        assert weight.std() > 0.1
+    i = i[:8]
+    t = torch.randint(1000, (8,), generator=rng)
+    eps = torch.randn(8, 4, 8, 8, generator=rng)
+    abar = pipe.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    x_t = abar.sqrt() * rollout.latents[i, -1] + (1 - abar).sqrt() * eps
+    pipe.unet.zero_grad()
+    eps_cond = pipe.unet(x_t, t, rollout.cond[i]).sample
+    eps_uncond = pipe.unet(x_t, t, rollout.uncond.expand(8, -1, -1)).sample
+    guided = config.guidance * eps_cond + (1 - config.guidance) * eps_uncond
+    errors = (guided - eps).square().mean((1, 2, 3))
+    (weight[i] * errors).mean().backward()
+
+    assert_gradients_agree(the_update)
+
+
+def test_a_resumed_run_of_rwr_ends_as_if_it_had_not_stopped(regression, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert rwr.main(flags(regression, out=whole)) == 0
+    assert rwr.main(flags(regression, out=stopped, epochs=1)) == 0
+    assert rwr.main(["--resume", str(stopped), "--epochs", "2"]) == 0
+    assert len(read_log(stopped)) == 2
+    assert float(read_log(whole)[0]["grad_norm"]) > 0
+    assert_same_lora(stopped, whole)
+
+
+@pytest.mark.parametrize("name, value", [("kl_weight", 0.1), ("percentile", 1.5)])
+def test_rwr_refuses_what_it_cannot_do_in_one_line(name, value, regression, capsys):
+    assert rwr.main(flags(regression, **{name: value})) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert f"rwr.py: error: {name} ({value})" in line
+    assert not Path(regression.out).exists()
+
+
+@pytest.mark.parametrize("name", ["samples_per_epoch", "update_batch"])
+def test_the_number_of_processes_divides_the_images_of_a_round_and_of_an_update(
+        name, regression, monkeypatch):
+    monkeypatch.setattr(rwr, "WORLD_SIZE", 4)
+    regression.check()  # 16 images, 8 per update
+    config = dataclasses.replace(regression, **{name: 10})
+    with pytest.raises(ValueError, match=rf"{name} \(10\) must be divisible by .* processes \(4\)"):
+        config.check()
+
+
+# ---------- the claims: what is run
+
+ALGORITHMS = {"DDPO": "is", "SF": "sf", "RWR": "rwr", "RWR_sparse": "sparse", "RL": "rl",
+              "no": "rl", "jpeg": "rl", "KL-O": "sft", "KL-D": "sft"}  # first word of a run: algo
+
+
+@pytest.mark.parametrize("name", claims.RUNS)
+def test_a_run_of_the_claims_is_the_command_in_its_table(name):
+    """As a user types it: the settings of all scripts, those of its script, its own, and a seed."""
+    script = claims.RUNS[name].script
+    command = f"{claims.COMMON} {claims.SHARED[script]} {claims.arguments(name)} --seed 1"
+    typed = script.parse(shlex.split(command))
+    typed.sample_every = claims.settings(name).sample_every  # changes no result
+    assert typed == claims.settings(name, seed=1)
+    assert typed.algo == ALGORITHMS[name.split()[0]]
+    typed.check()
+
+
+@pytest.mark.parametrize("name", claims.RUNS)
+def test_a_run_of_the_claims_trains_on_the_prompts_of_its_kind(name):
+    kind = claims.RUNS[name].kind
+    prompts = ddpo.load_prompts(claims.settings(name).prompts)
+    assert prompts == ([claims.KINDS[kind]] if kind in claims.KINDS else claims.ALL)
+
+
+@pytest.mark.parametrize("method", ["RWR", "RWR_sparse", "SF"])
+@pytest.mark.parametrize("reward", ["jpeg", "incompressibility", "count"])
+def test_the_methods_of_fig_4_have_as_many_reward_queries(method, reward):
+    baseline, ours = claims.settings(f"{method} {reward}"), claims.settings(f"DDPO {reward}")
+    queries = baseline.epochs * baseline.samples_per_epoch
+    assert queries == ours.epochs * ours.samples_per_epoch
+
+
+@pytest.mark.parametrize("name", ["DDPO jpeg", "SF jpeg", "RWR count", "RL count", "KL-O count"])
+def test_a_run_of_the_claims_does_not_depend_on_the_settings_of_shapes(
+        name, tmp_path, monkeypatch):
+    """Whatever shapes/*.json say: here 1 for every number that they have."""
+    script = claims.RUNS[name].script
+    before, fingerprint = claims.settings(name), claims.fingerprint(name)
+    shapes_settings = json.loads((ROOT / script.Config.shapes_settings).read_text(encoding="utf-8"))
+    changed = {}
+    for setting, value in shapes_settings.items():
+        changed[setting] = value if isinstance(value, str) else type(value)(1)
+    (tmp_path / "changed.json").write_text(json.dumps(changed), encoding="utf-8")
+    monkeypatch.setattr(script.Config, "shapes_settings", str(tmp_path / "changed.json"))
+
+    assert script.parse(["--device", "cpu"]).steps == 1  # the change is felt elsewhere
+    assert claims.settings(name) == before
+    assert claims.fingerprint(name) == fingerprint
+    command = f"{claims.COMMON} {claims.SHARED[script]} {claims.arguments(name)}"
+    typed = script.parse(shlex.split(command))
+    assert dataclasses.replace(typed, sample_every=before.sample_every) == before
+
+
+# ---------- the claims: which stored runs count
+
+@dataclasses.dataclass
+class LaterConfig(ddpo.Config):
+    """The settings of ddpo.py once it has a further one, which is off by default."""
+    noise_aware: bool = False
+
+
+def test_a_fingerprint_leaves_out_a_setting_at_its_default(monkeypatch):
+    """So a new setting that is off, or the loss of one that no run has on, orphans no run."""
+    before = claims.fingerprint("DDPO jpeg")
+    monkeypatch.setattr(ddpo, "Config", LaterConfig)
+    assert claims.settings("DDPO jpeg").noise_aware is False
+    assert claims.fingerprint("DDPO jpeg") == before
+
+    run = claims.RUNS["DDPO jpeg"]
+    switched_on = run._replace(flags=f"{run.flags} --noise_aware")
+    monkeypatch.setitem(claims.RUNS, "DDPO jpeg", switched_on)
+    assert claims.fingerprint("DDPO jpeg") != before
+
+
+@pytest.mark.parametrize("flag", ["--lr 1e-3", "--epochs 31", "--algo sf --updates_per_epoch 1",
+                                  "--reward incompressibility", "--rank 8"])
+def test_a_fingerprint_changes_with_what_changes_results(flag, monkeypatch):
+    before = claims.fingerprint("DDPO jpeg")
+    run = claims.RUNS["DDPO jpeg"]
+    monkeypatch.setitem(claims.RUNS, "DDPO jpeg", run._replace(flags=f"{run.flags} {flag}"))
+    assert claims.fingerprint("DDPO jpeg") != before
+
+
+@pytest.mark.parametrize("flag", ["--seed 7", "--out elsewhere", "--batch 16", "--compile",
+                                  "--sample_every 3", "--kl_weight 0", "--eta 1"])
+def test_a_fingerprint_does_not_change_with_what_does_not(flag, monkeypatch):
+    before = claims.fingerprint("DDPO jpeg")
+    run = claims.RUNS["DDPO jpeg"]
+    monkeypatch.setitem(claims.RUNS, "DDPO jpeg", run._replace(flags=f"{run.flags} {flag}"))
+    assert claims.fingerprint("DDPO jpeg") == before
+
+
+def test_no_two_runs_have_the_same_fingerprint():
+    fingerprints = {claims.fingerprint(name) for name in claims.RUNS}
+    assert len(fingerprints) == len(claims.RUNS)
+
+
+def test_every_stored_run_counts():
+    """No change of settings has orphaned a run: 30 runs with 8 seeds each, and 8 more of one."""
+    stored = claims.load(claims.RECORDED)
+    counts = {name: len(runs) for name, runs in claims.finished(stored).items()}
+    assert counts.keys() == claims.RUNS.keys()
+    assert counts.pop("DDPO location") == 16
+    assert set(counts.values()) == {8}
+    assert len(stored["runs"]) == 248
+
+
+# ---------- the claims: what is measured and kept
+
+def lora_of(pipe):
+    """The LoRA that diffusers has loaded -> {its name in the file: weights}."""
+    weights = {}
+    for name, parameter in pipe.unet.named_parameters():
+        if "lora_" in name:
+            weights["unet." + re.sub(r"\.default_\d+", "", name)] = parameter.detach().clone()
+    return weights
+
+
+@pytest.fixture
+def small_run(tmp_path, monkeypatch):
+    """A run of the claims with tiny settings -> what is kept of it, its folder, and for each epoch
+    at which it was measured the LoRA and the number of images."""
+    measured = {}
+
+    def fake_score(pipe, prompts, count, seed, epoch):
+        measured[epoch] = lora_of(pipe), count
+        return {"strict": epoch / 100}
+
+    monkeypatch.setattr(claims, "FOLDER", tmp_path)
+    monkeypatch.setattr(claims, "score", fake_score)
+    kept = claims.run("SF count", 3, tmp_path, epochs=5, samples_per_epoch=2, batch=2, steps=2)
+    return kept, tmp_path / "SF count-3", measured
+
+
+def test_a_run_of_the_claims_is_measured_with_the_lora_that_was_kept_with_each_picture(small_run):
+    """At the last epoch and two and four before, and each time another one."""
+    _, folder, measured = small_run
+    assert list(measured) == [1, 3, 5]
+    for epoch, (lora, count) in measured.items():
+        file = folder / "lora" / f"epoch_{epoch:04d}" / "pytorch_lora_weights.safetensors"
+        saved = load_file(file)
+        assert count == 128
+        assert lora.keys() == saved.keys()
+        for name in saved:
+            assert torch.equal(lora[name], saved[name]), name
+    for earlier, later in ((1, 3), (3, 5)):
+        a, b = measured[earlier][0], measured[later][0]
+        assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_of_the_claims_is_kept_on_a_line_and_not_repeated(small_run, tmp_path, monkeypatch):
+    kept, _, _ = small_run
+    assert kept["ends"] == [1, 3, 5]
+    assert kept["trained"] == {1: {"strict": 0.01}, 3: {"strict": 0.03}, 5: {"strict": 0.05}}
+    assert len(kept["kl"]) == len(kept["reward_mean"]) == 5
+    assert kept["queries"] == 10
+    assert kept["updates"] == 5
+
+    file = tmp_path / "claims.json"
+    runs = {f"SF count-{seed}": kept for seed in range(8)}
+    claims.save(file, {"pre-trained": {}, "runs": runs})
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 8 + 5
+    found = claims.finished(claims.load(file))
+    assert list(found) == ["SF count"]
+    assert claims.over_seeds(found, "SF count").tolist() == pytest.approx([0.03] * 8)
+
+    monkeypatch.setattr(claims, "run", None)  # would fail if it were called
+    jobs = [("SF count", seed, {}) for seed in range(8)]
+    assert claims.run_all(jobs, 1, file) == 0
+
+
+def test_the_scores_are_of_as_many_images_of_each_prompt_and_the_same_each_time(config):
+    """A score has no memory: a second one with the same seed and epoch is equal, another epoch's
+    images are others."""
+    pipe = ddpo.load_pipeline(claims.settings("RL count"))
+    prompts = claims.ALL[:2]
+    first = claims.score(pipe, prompts, 9, seed=1, epoch=2)  # four images of each
+    again = claims.score(pipe, prompts, 8, seed=1, epoch=2)
+    other = claims.score(pipe, prompts, 8, seed=1, epoch=3)
+    assert first == again
+    assert first["size"] != other["size"]
+    assert set(first) == {"alignment", "strict", "size", "diversity"}
+
+
+@pytest.mark.parametrize("mean, least, error, says", [
+    (0.9, 0, 0, "holds"),
+    (0.9, 0, 0.1, "inconclusive"),  # by the error of what the seeds are compared with
+    (1.0, 0.5, 0, "holds"),  # the mean is to reach `least`, the interval is to lie above 0
+    (0.9, 1, 0, "inconclusive"),
+    (0.05, 1, 0, "**fails**"),
+    (-0.9, 0, 0, "**fails**"),
+    (-0.8, 0, 0, "inconclusive"),
+    (0.8, -0.1, 0, "holds"),  # a loss was to be avoided
+    (0.7, -0.1, 0, "inconclusive"),
+    (-1, -0.1, 0, "**fails**")])
+def test_a_verdict_is_that_of_its_interval(mean, least, error, says):
+    """Eight seeds, four of them 1 below the mean and four 1 above: the standard error is 0.378, and
+    the 95 % interval ends 2.36 * 0.378 = 0.892 from the mean."""
+    effect = mean + np.array([-1.0, -1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0])
+    assert claims.verdict(claims.Part([], effect, error), least) == says
+
+
+# ---------- what was found
+
+def words(file):
+    """The text of a page with single spaces, so that it does not matter where lines end."""
+    return " ".join(file.read_text(encoding="utf-8").split())
+
+
+@pytest.mark.parametrize("K, sentence", [(10, "{} % of the noise in DDPO's"),
+                                         (50, "{} % on Stable Diffusion's 50")])
+def test_one_step_has_most_of_the_noise_of_the_score(K, sentence):
+    """Given x_t, the gradient of log p with respect to eps is noise of variance (c / sigma)^2, if
+    the mean moves by c with eps. At the last step but one sigma is small, and little can still
+    change."""
+    scheduler = ddpo.load_pipeline(claims.settings("DDPO jpeg")).scheduler
+    scheduler.set_timesteps(K)
+    t = scheduler.timesteps
+    zero = torch.zeros(K, 1, 1, 1)
+    mean, sigma = ddpo.step_distribution(scheduler, zero, t, zero)
+    moved, _ = ddpo.step_distribution(scheduler, zero + 1, t, zero)
+    noise = ((moved - mean) / sigma).flatten() ** 2
+    share = (noise.max() / noise.sum()).item()
+
+    assert noise.argmax() == K - 2
+    assert sentence.format(round(100 * share)) in words(EXPERIMENTS / "README.md")
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return claims.load(claims.RECORDED)
+
+
+@pytest.fixture(scope="module")
+def found(stored):
+    return claims.finished(stored)
+
+
+def test_ddpo_makes_smaller_files_and_loses_accuracy_with_every_seed(stored, found):
+    start = stored["pre-trained"]["all"]["trained"]
+    sizes = claims.over_seeds(found, "DDPO jpeg", "size")
+    strict = claims.over_seeds(found, "DDPO jpeg", "strict")
+    assert len(sizes) >= 8
+    assert max(sizes) < start["size"] - 0.3
+    assert max(strict) < start["strict"] - 0.15
+
+
+def test_the_page_has_the_tables_of_the_stored_runs(stored):
+    page = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    tables = "\n".join(claims.all_tables(stored))
+    assert f"<!-- begin of claims.py -->\n{tables}\n<!-- end of claims.py -->" in page
+
+
+def test_the_tables_name_all_settings_that_runs_share():
+    table = "\n".join(claims.shared_table())
+    for flags_of_script in (claims.COMMON, *claims.SHARED.values()):
+        assert f"`{flags_of_script}`" in table
+    for script in claims.SHARED:
+        assert f"`{script.Config.script}`" in table
+
+
+def test_the_stored_runs_are_few_lines():
+    assert len(claims.RECORDED.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def result_rows(stored, found):
+    """The rows of the table of claims without its first and last column: claim, effect, verdict."""
+    rows = []
+    for line in claims.claim_table(stored["pre-trained"], found):
+        cells = line.strip("| ").split(" | ")
+        rows.append(claims.row(*cells[-4:-1]))
+    return rows
+
+
+def test_the_readme_shows_claims_as_they_are_in_the_table(stored, found):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## What holds")[2].partition("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert shown
+    rows = result_rows(stored, found)
+    for line in shown:
+        assert line in rows
+
+
+def test_the_page_on_dpok_has_the_effects_of_beta_and_of_the_value_function(stored, found):
+    page = (ROOT / "docs" / "dpok.md").read_text(encoding="utf-8")
+    checked = 0
+    for line in result_rows(stored, found):
+        if "β" in line or "value function" in line:
+            effect = line.split(" | ")[1]
+            assert effect in page
+            checked += 1
+    assert checked == 5
+
+
+def test_the_pages_have_the_accuracies_of_the_supervised_baseline(stored, found):
+    """Fitted to weighted images of p_pre, with gamma 0, a model ends at most at p_pre's strict
+    accuracy over its alignment."""
+    dpok_page = (ROOT / "docs" / "dpok.md").read_text(encoding="utf-8")
+    page = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    at_most, supervised, ours = [], [], []
+    for kind in claims.UNSEEN:
+        start = stored["pre-trained"][kind]["trained"]
+        at_most.append(f"{kind} {start['strict'] / start['alignment']:.2f}")
+        supervised.append(f"{kind} {claims.over_seeds(found, f'KL-O {kind}').mean():.2f}")
+        ours.append(f"{kind} {claims.over_seeds(found, f'RL {kind}').mean():.2f}")
+    assert ", ".join(at_most) in page
+    for shares in (at_most, supervised, ours):
+        assert ", ".join(shares) in dpok_page
+
+
+def test_the_page_has_what_the_repetition_on_a_gpu_printed(stored, capsys):
+    page = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    on_gpu = claims.load(EXPERIMENTS / "results" / "gpu.json")
+    claims.repeat(stored, on_gpu, 4)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 8
+    for line in printed:
+        assert f"    {line}\n" in page
+
+
+# ---------- the pages of all folders
+
+FOLDERS = {"README.md": ROOT, "experiments": EXPERIMENTS, "bench": ROOT / "bench",
+           "shapes": ROOT / "shapes"}
+
+
+def links_of(page):
+    """Find the links of a page to files of this project -> [(text, target)]."""
+    links = []
+    for text, target, source in re.findall(r'\[([^\]]*)\]\(([^)\s]+)\)|src="([^"]+)"', page):
+        if "://" not in (target or source):
+            links.append((text, target or source))
+    return links
+
+
+def anchors_of(page):
+    """Make the anchors of a page's headings as GitHub does."""
+    anchors = []
+    for heading in re.findall(r"^#+ (.+)$", page, re.M):
+        letters = re.sub(r"[^\w -]", "", heading).lower()
+        anchors.append(letters.replace(" ", "-"))
+    return anchors
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_a_readme_shows_and_links_to_is_there(name):
+    folder = FOLDERS[name]
+    links = links_of((folder / "README.md").read_text(encoding="utf-8"))
+    assert links
+    for text, target in links:
+        path, _, place = target.partition("#")
+        file = folder / (path or "README.md")
+        assert file.exists(), target
+        if not place:
+            continue
+        content = file.read_text(encoding="utf-8")
+        if re.fullmatch(r"L\d+", place):  # `text` is defined in this line
+            line = content.splitlines()[int(place[1:]) - 1]
+            assert re.match(rf"(def|class) {text.strip('`')}\b", line), target
+        else:
+            assert place in anchors_of(content), target

@@ -1,21 +1,23 @@
-"""The claims of both papers that a laptop can show, tried on shapes/ with eight seeds each and more.
+"""Test on shapes/, with eight seeds or more, those claims of both papers that a laptop can test.
 
-    python experiments/claims.py                # the runs that results/claims.json lacks, two at a time
-    python experiments/claims.py --only location --count 16                # more seeds of those named so
-    python experiments/claims.py --only "RL count" --seeds 200 201         # other seeds beside the recorded
-    python experiments/claims.py --quick        # three short runs, ten minutes: trends, no verdicts
+    python experiments/claims.py          # the runs that results/claims.json lacks, two at a time
+    python experiments/claims.py --only location --count 16         # more seeds of these runs
+    python experiments/claims.py --only "RL count" --seeds 200 201  # repeat with other seeds
+    python experiments/claims.py --quick  # three short runs, ten minutes: trends, no verdicts
 
-A run is a script with the arguments of RUNS, in runs/claims/<name>-<seed>/. results/claims.json has a line
-for each that is finished, and is also the cache: what stands there with the same settings is not repeated,
-so this may be stopped by Ctrl-C and begun again (after a change of shapes/ or of the scripts delete its
-lines). The tables go to experiments/README.md.
+A run is a script with the settings that RUNS, SHARED and COMMON name. Its folder is
+runs/claims/<name>-<seed>/. results/claims.json has a line for each finished run. It is also the
+cache: a run that is there with the same settings is not repeated, so Ctrl-C loses only the runs in
+progress. After a change of shapes/, of a default, or of what the scripts compute, delete the lines
+concerned. The tables are written to experiments/README.md.
 
-A model is measured on images of seeds that no training saw, new ones for every seed and epoch, so that their
-error is part of the spread over seeds: at the last epoch and two and four before, of which the mean counts
-(in DDPO's Fig. 4, at equal queries, the last alone), and at those of STAGES. `alignment` and
-`size` (of the JPEG, kB) are what runs are rewarded with. `strict`, with which none is, is the share of images
-that are just what their caption says; `diversity` is the standard deviation of a pixel (0 to 1) between the
-images of one caption, root mean square.
+A model is measured on images of seeds that no training saw. They are new for every seed and epoch,
+so the error of the measurement is part of the spread over seeds. A run is measured at its last
+epoch and two and four epochs before, and the mean of the three counts (in DDPO's Fig. 4, at equal
+queries, the last alone). Some runs are measured at the epochs of STAGES too. `alignment` and `size`
+(of the JPEG, kB) are rewards of runs. `strict` is no run's reward: it is the share of images that
+show exactly what their caption says. `diversity` is the standard deviation of a pixel (0 to 1)
+between the images of one caption, root mean square.
 """
 import argparse
 import contextlib
@@ -32,14 +34,17 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from unittest import mock
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers.utils import logging
+from transformers import HfArgumentParser
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "shapes"), str(HERE)]
+for folder in (HERE.parent, HERE.parent / "shapes", HERE):
+    sys.path.insert(0, str(folder))
 import ddpo  # noqa: E402
 import dpok  # noqa: E402
 import rewards  # noqa: E402
@@ -47,392 +52,682 @@ import rwr  # noqa: E402
 import shapes_reward  # noqa: E402
 import single_pass  # noqa: E402
 
-logging.set_verbosity_error()  # not that the text encoder has no LoRA
+logging.set_verbosity_error()  # otherwise each load warns that the text encoder has no LoRA
 
-FOLDER, PAGE = HERE.parent / "runs" / "claims", HERE / "README.md"
+FOLDER = HERE.parent / "runs" / "claims"
+PAGE = HERE / "README.md"
 RECORDED = HERE / "results" / "claims.json"
 KINDS = {"colour": "a green square", "count": "two red squares",
          "composition": "a red circle and a blue square", "location": "a blue circle on the left",
          "bias": "four red circles"}
 UNSEEN = {"colour": "a green circle", "count": "two blue squares",
-          "composition": "a red circle and a blue triangle", "location": "a blue square on the left"}
+          "composition": "a red circle and a blue triangle",
+          "location": "a blue square on the left"}
 ALL = dpok.load_prompts("shapes/prompts.txt")
 OTHER = [prompt for prompt in ALL if prompt not in (*KINDS.values(), *UNSEEN.values())]
-FIRST, BLOCKS = 100, 8  # no setting was chosen on seeds 100, 101, ...; of 128 images of the pre-trained model
-
-# run: (script, its prompts, which are one of KINDS or all of shapes/prompts.txt, its other arguments)
-ALIGNMENT, SFT = "--reward shapes/shapes_reward.py:alignment", "--algo sft --lr 3e-3"
-EPOCHS = {kind: f"--epochs {30 if kind == 'location' else 20}" for kind in KINDS}  # of 64 images
-REWARDS = {"jpeg": ("all", "--reward jpeg", 32), "count": ("count", ALIGNMENT, 20),
-           "incompressibility": ("all", "--reward incompressibility", 32)}  # of DDPO's Fig. 4
-WEIGHTED, BETAS = {"RWR": "", "RWR_sparse": " --algo sparse"}, ("0", "0.5")
-RUNS = {f"DDPO {name}": (ddpo, kind, f"{reward} --epochs {epochs}")
-        for name, (kind, reward, epochs) in REWARDS.items()}
-RUNS |= {f"{method} {name}": (rwr, kind, f"{reward} --epochs {epochs // 4}{algo}")  # of 256 images
-         for name, (kind, reward, epochs) in REWARDS.items() for method, algo in WEIGHTED.items()}
-RUNS |= {f"SF {name}": (single_pass, kind, f"{reward} --epochs {epochs}")
-         for name, (kind, reward, epochs) in REWARDS.items()}
-RUNS |= {"DDPO jpeg kl_weight": (ddpo, "all", "--reward jpeg --epochs 32 --kl_weight 0.3"),
-         "DDPO jpeg max_kl": (ddpo, "all", "--reward jpeg --epochs 32 --max_kl 0.05")}
-RUNS |= {f"RL {kind}": (dpok, kind, EPOCHS[kind]) for kind in KINDS}
-RUNS |= {f"DDPO {kind}": (ddpo, kind, f"{ALIGNMENT} {EPOCHS[kind]}") for kind in UNSEEN}
-RUNS |= {f"KL-O {kind}": (dpok, kind, f"{EPOCHS[kind]} {SFT}") for kind in UNSEEN}
-RUNS |= {"KL-D count": (dpok, "count", f"{EPOCHS['count']} {SFT} --kl_d"),
-         "no value location": (dpok, "location", f"{EPOCHS['location']} --no-value")}
-RUNS |= {f"jpeg beta {beta}": (dpok, "count", f"--reward jpeg --epochs 20 --beta {beta}") for beta in BETAS}
-STAGES = {"DDPO jpeg": (12, 22), "DDPO incompressibility": (12, 22)}  # epochs at which a run is measured too
+FIRST = 100  # no setting was chosen on seeds 100, 101, ...
+BLOCKS = 8  # of 128 images each, on which the pre-trained model is measured
+STAGES = {"DDPO jpeg": (12, 22), "DDPO incompressibility": (12, 22)}  # run: further epochs
 QUICK = {"RL count": 12, "KL-O count": 12, "DDPO jpeg": 15}  # run: epochs
-# by the number of seeds, standard errors from a mean to the end of its 95 % interval
-STUDENT = dict(zip(range(8, 17), (2.36, 2.31, 2.26, 2.23, 2.2, 2.18, 2.16, 2.14, 2.13)))
+# Number of seeds: standard errors from the mean to the end of its 95 % interval (Student's t)
+STUDENT = {8: 2.36, 9: 2.31, 10: 2.26, 11: 2.23, 12: 2.2, 13: 2.18, 14: 2.16, 15: 2.14, 16: 2.13}
 
 
-# ---------- the runs, and what they are measured by
+# ---------- the runs
 
-def arguments(name):
+ALIGNMENT = "shapes/shapes_reward.py:alignment"
+COMMON = "--device cpu --precision fp32 --model shapes --steps 10 --guidance 2 --batch 64"
+SHARED = {  # script: what its runs have besides COMMON, unless a run names another value
+    ddpo: "--prompts shapes/prompts.txt --samples_per_epoch 64 --lr 3e-3 --clip_range 6.4e-3",
+    dpok: f"--reward {ALIGNMENT} --samples_per_epoch 64 --updates_per_epoch 5 --update_batch 128 "
+          "--alpha 10 --beta 0.01 --value_lr 3e-4 --value_steps 10 --gamma 0.1 --lr 2e-3 "
+          "--clip_range 6.4e-3 --evaluation_images 0",
+    rwr: "--prompts shapes/prompts.txt --samples_per_epoch 256 --updates_per_epoch 10 "
+         "--update_batch 128 --inverse_temperature 10 --lr 3e-3",
+}
+SHARED[single_pass] = SHARED[ddpo]
+
+
+class Run(NamedTuple):
+    """A run, apart from its seed."""
+    script: ModuleType
+    kind: str   # its prompts: a kind of KINDS, or "all" for those of shapes/prompts.txt
+    flags: str  # its own settings
+
+
+RUNS = {
+    # The methods of DDPO's Fig. 4, with as many images: 64 per epoch, RWR 256 per round
+    "DDPO jpeg": Run(ddpo, "all", "--reward jpeg --epochs 32"),
+    "DDPO count": Run(ddpo, "count", f"--reward {ALIGNMENT} --epochs 20"),
+    "DDPO incompressibility": Run(ddpo, "all", "--reward incompressibility --epochs 32"),
+    "RWR jpeg": Run(rwr, "all", "--reward jpeg --epochs 8"),
+    "RWR_sparse jpeg": Run(rwr, "all", "--reward jpeg --epochs 8 --algo sparse"),
+    "RWR count": Run(rwr, "count", f"--reward {ALIGNMENT} --epochs 5"),
+    "RWR_sparse count": Run(rwr, "count", f"--reward {ALIGNMENT} --epochs 5 --algo sparse"),
+    "RWR incompressibility": Run(rwr, "all", "--reward incompressibility --epochs 8"),
+    "RWR_sparse incompressibility":
+        Run(rwr, "all", "--reward incompressibility --epochs 8 --algo sparse"),
+    "SF jpeg": Run(single_pass, "all", "--reward jpeg --epochs 32"),
+    "SF count": Run(single_pass, "count", f"--reward {ALIGNMENT} --epochs 20"),
+    "SF incompressibility": Run(single_pass, "all", "--reward incompressibility --epochs 32"),
+    # Remedies against over-optimisation
+    "DDPO jpeg kl_weight": Run(ddpo, "all", "--reward jpeg --epochs 32 --kl_weight 0.3"),
+    "DDPO jpeg max_kl": Run(ddpo, "all", "--reward jpeg --epochs 32 --max_kl 0.05"),
+    # DPOK's Algorithm 1, DDPO and the supervised Algorithm 2 on one prompt each
+    "RL colour": Run(dpok, "colour", "--epochs 20"),
+    "RL count": Run(dpok, "count", "--epochs 20"),
+    "RL composition": Run(dpok, "composition", "--epochs 20"),
+    "RL location": Run(dpok, "location", "--epochs 30"),
+    "RL bias": Run(dpok, "bias", "--epochs 20"),
+    "DDPO colour": Run(ddpo, "colour", f"--reward {ALIGNMENT} --epochs 20"),
+    "DDPO composition": Run(ddpo, "composition", f"--reward {ALIGNMENT} --epochs 20"),
+    "DDPO location": Run(ddpo, "location", f"--reward {ALIGNMENT} --epochs 30"),
+    "KL-O colour": Run(dpok, "colour", "--epochs 20 --algo sft --lr 3e-3"),
+    "KL-O count": Run(dpok, "count", "--epochs 20 --algo sft --lr 3e-3"),
+    "KL-O composition": Run(dpok, "composition", "--epochs 20 --algo sft --lr 3e-3"),
+    "KL-O location": Run(dpok, "location", "--epochs 30 --algo sft --lr 3e-3"),
+    "KL-D count": Run(dpok, "count", "--epochs 20 --algo sft --lr 3e-3 --kl_d"),
+    # DPOK without its value function, and with two weights of the KL
+    "no value location": Run(dpok, "location", "--epochs 30 --no-value"),
+    "jpeg beta 0": Run(dpok, "count", "--reward jpeg --epochs 20 --beta 0"),
+    "jpeg beta 0.5": Run(dpok, "count", "--reward jpeg --epochs 20 --beta 0.5"),
+}
+
+
+def arguments(name: str) -> str:
+    """Get the flags of a run that its script's runs do not share."""
     _, kind, flags = RUNS[name]
-    return f"--prompts {shlex.quote(KINDS[kind])} {flags}".strip() if kind in KINDS else flags
+    if kind in KINDS:
+        return f"--prompts {shlex.quote(KINDS[kind])} {flags}"
+    return flags
 
 
-def settings(name, **more):
-    """The Config of a run."""
-    script = RUNS[name][0]
-    fixed = {"device": "cpu", "precision": "fp32"} | ({"evaluation_images": 2} if script is dpok else {})
-    flags = [f"--{name}={value}" for name, value in (fixed | more).items()]
-    with contextlib.redirect_stdout(None):
-        return script.parse([*shlex.split(arguments(name)), *flags])
+def settings(name: str, **more):
+    """Make the Config of a run from COMMON, SHARED, its own flags, `more`, and the defaults of its
+    script. shapes/*.json have no part in it."""
+    script = RUNS[name].script
+    flags = f"{COMMON} {SHARED[script]} {arguments(name)}"  # of two values the last one counts
+    parser = HfArgumentParser(script.Config)
+    config, = parser.parse_args_into_dataclasses(shlex.split(flags), look_for_args_file=False)
+    return dataclasses.replace(config, **more)
 
 
-def fingerprint(name):
-    """Of the settings that make a run what it is, but for its seed."""
-    made = dataclasses.asdict(settings(name)) | {"out": "", "sample_every": 0}
-    return f"{zlib.crc32(json.dumps(made, sort_keys=True).encode()):08x}"
+# Settings that do not change what a run computes, or only its roundings
+WITHOUT_EFFECT = ("seed", "device", "batch", "gradient_checkpointing", "compile", "sample_every",
+                  "evaluation_images", "out", "resume")
 
 
-def score(pipe, prompts, count, seed, epoch):
-    """The scores of about `count` images of a model."""
-    texts = [prompt for prompt in prompts for _ in range(count // len(prompts))]
-    generators = [dpok.generator(seed, 100_000 + epoch, i) for i in range(len(texts))]  # none of a training
+def fingerprint(name: str) -> str:
+    """Hash the settings of a run that change its results -> 8 hexadecimal digits.
+
+    The seed is not part of it, since results/claims.json has a line for each seed. A setting at its
+    published default is left out. So the fingerprints stay as they are when a script gets a new
+    setting whose default is "off", or loses a setting that no run has changed.
+    """
+    script = RUNS[name].script
+    config = settings(name)
+    published = script.Config(algo=config.algo)  # some defaults depend on algo
+    changed = {"script": Path(script.Config.script).stem, "algo": config.algo}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in WITHOUT_EFFECT and value != getattr(published, field.name):
+            changed[field.name] = value
+    return f"{zlib.crc32(json.dumps(changed, sort_keys=True).encode()):08x}"
+
+
+# ---------- training and measuring
+
+def score(pipe, prompts: list, count: int, seed: int, epoch: int) -> dict:
+    """Score about `count` images of a model, as many for each prompt -> {measure: its mean}."""
+    texts = []
+    for prompt in prompts:
+        texts += [prompt] * (count // len(prompts))
+    generators = []
+    for i in range(len(texts)):
+        generators.append(dpok.generator(seed, 100_000 + epoch, i))  # no training has this epoch
     images = dpok.sample(pipe, texts, settings("RL count"), generators).images
     pixels = np.stack([np.asarray(image, np.float32) / 255 for image in images])
-    found = {"alignment": shapes_reward.alignment(images, texts).mean().item(),
-             "strict": shapes_reward.strict(images, texts).mean().item(),
-             "size": rewards.incompressibility(images, texts).mean().item(),
-             "diversity": pixels.reshape(len(prompts), -1, pixels[0].size).var(1, ddof=1).mean().item()**0.5}
-    return {what: round(value, 4) for what, value in found.items()}
+    by_prompt = pixels.reshape(len(prompts), -1, pixels[0].size)
+    scores = {"alignment": shapes_reward.alignment(images, texts).mean().item(),
+              "strict": shapes_reward.strict(images, texts).mean().item(),
+              "size": rewards.incompressibility(images, texts).mean().item(),
+              "diversity": by_prompt.var(1, ddof=1).mean().item() ** 0.5}
+    return {what: round(value, 4) for what, value in scores.items()}
 
 
-def prompt_sets(kind):
-    """The prompts of a kind, their unseen partners, and others."""
-    return {"trained": [KINDS[kind]] if kind in KINDS else ALL, "other": OTHER,
-            "unseen": [partner for other, partner in UNSEEN.items() if kind in (other, "all")]}
+def prompt_sets(kind: str) -> dict[str, list]:
+    """List the prompts that runs of a kind train on, their unseen partners, and others."""
+    trained = [KINDS[kind]] if kind in KINDS else ALL
+    if kind == "all":
+        unseen = list(UNSEEN.values())
+    elif kind in UNSEEN:
+        unseen = [UNSEEN[kind]]
+    else:
+        unseen = []
+    return {"trained": trained, "other": OTHER, "unseen": unseen}
 
 
-def run(name, seed, folder=FOLDER, device="cpu", **more):
+def measured_sets(name: str) -> list[str]:
+    """List those sets of prompts on which claims need the scores of a run."""
+    names = ["trained"]
+    if name.startswith(("RL ", "DDPO jpeg")):
+        names.append("unseen")
+    if name.startswith(("RL ", "jpeg beta")):
+        names.append("other")
+    return names
+
+
+def run(name: str, seed: int, folder: Path = FOLDER, device: str = "cpu", **more) -> dict:
     """Train, and measure on the CPU, in a process of its own -> what claims.json keeps of a run."""
     torch.set_num_threads(1)
-    folder, (script, kind, _), measured = folder / f"{name}-{seed}", RUNS[name], {}
-    wanted = ["trained"] + ["unseen"] * name.startswith(("RL ", "DDPO jpeg"))  # what claims speak of
-    wanted += ["other"] * name.startswith(("RL ", "jpeg beta"))
-    config, home = settings(name, seed=seed, out=folder, **more), dpok if script is dpok else ddpo
-    config = dataclasses.replace(config, device=device, precision="auto")
-    save_run = home.save_run
+    script, kind, _ = RUNS[name]
+    folder = folder / f"{name}-{seed}"
+    config = settings(name, seed=seed, out=folder, sample_every=1, **more)  # keeps all LoRAs
+    if device != "cpu":
+        config = dataclasses.replace(config, device=device, precision="auto")
     shutil.rmtree(folder, ignore_errors=True)
-
-    def save_and_keep(folder, log, *others):
-        save_run(folder, log, *others)
-        shutil.copytree(folder / "lora", folder / f"lora-{len(log)}")
-
-    with (open(f"{folder}.txt", "w") as output, contextlib.redirect_stdout(output),
-          contextlib.redirect_stderr(output), mock.patch.object(home, "save_run", save_and_keep)):
-        (dpok.train_supervised if config.algo == "sft" else script.train)(config)
-        with open(folder / "log.csv", newline="") as file:
-            log = {column: [float(value) for value in values] for column, *values in zip(*csv.reader(file))}
-        last, pipe = len(log["epoch"]), dpok.load_pipeline(settings("RL count"))
-        ends = [last] if script is rwr else [epoch for epoch in (last - 4, last - 2, last) if epoch > 0]
-        for epoch in sorted(epoch for epoch in {*STAGES.get(name, ()), *ends} if epoch <= last):
-            pipe.load_lora_weights(folder / f"lora-{epoch}")  # as stock diffusers loads it
+    with (open(f"{folder}.txt", "w", encoding="utf-8") as output,
+          contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)):
+        script.train(config)
+        log = read_log(folder / "log.csv")
+        last = len(log["epoch"])
+        ends = [epoch for epoch in (last - 4, last - 2, last) if epoch > 0]
+        if script is rwr:  # a round of it is four epochs
+            ends = [last]
+        epochs = {*ends, *STAGES.get(name, ())}
+        pipe = dpok.load_pipeline(settings("RL count"))
+        measured = {}
+        for epoch in sorted(epoch for epoch in epochs if epoch <= last):
+            pipe.load_lora_weights(folder / "lora" / f"epoch_{epoch:04d}")  # by stock diffusers
             for where, prompts in prompt_sets(kind).items():
-                if prompts and where in wanted:
-                    count = 384 if script is rwr else 128 if where == "trained" else 64
-                    scores = score(pipe, prompts, count, seed, epoch)
-                    measured.setdefault(where, {})[epoch] = scores
+                if not prompts or where not in measured_sets(name):
+                    continue
+                count = 128 if where == "trained" else 64
+                if script is rwr:
+                    count = 384
+                scores = score(pipe, prompts, count, seed, epoch)
+                measured.setdefault(where, {})[epoch] = scores
             pipe.unload_lora_weights()
     return {"settings": fingerprint(name), "ends": ends, "queries": int(log["reward_queries"][-1]),
             "updates": last * config.updates_per_epoch, **measured,
-            **{column: [float(f"{value:.4g}") for value in log[column]] for column in ("reward_mean", "kl")}}
+            "reward_mean": [float(f"{value:.4g}") for value in log["reward_mean"]],
+            "kl": [float(f"{value:.4g}") for value in log["kl"]]}
 
 
-def measure_pretrained():
-    """{kind: the scores of the pre-trained model, of a thousand images of each set, and their errors}"""
+def read_log(file: Path) -> dict[str, list[float]]:
+    """Read log.csv -> {column: the value of each epoch}."""
+    with open(file, newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    return {column: [float(row[column]) for row in rows] for column in rows[0]}
+
+
+def measure_pretrained() -> dict:
+    """Measure the pre-trained model on a thousand images of each set of prompts
+    -> {kind: {set: {measure: mean, "errors": {measure: standard error}}}}."""
     torch.set_num_threads(1)
     pipe = dpok.load_pipeline(settings("RL count"))
-    sets = {kind: prompt_sets(kind) for kind in (*KINDS, "all")}
-    scores = {}
-    for prompts in {tuple(prompts) for kind in sets for prompts in sets[kind].values() if prompts}:
-        blocks = [score(pipe, prompts, 128, 99, block) for block in range(BLOCKS)]
-        parts = {what: np.array([block[what] for block in blocks]) for what in blocks[0]}
-        scores[prompts] = {what: round(part.mean(), 4) for what, part in parts.items()}
-        scores[prompts]["errors"] = {what: round(standard_error(part), 4) for what, part in parts.items()}
-    return {kind: {where: scores[tuple(prompts)] for where, prompts in sets[kind].items() if prompts}
-            for kind in sets}
+    by_prompts = {}  # kinds share some sets
+    pretrained = {}
+    for kind in (*KINDS, "all"):
+        pretrained[kind] = {}
+        for where, prompts in prompt_sets(kind).items():
+            if not prompts:
+                continue
+            key = tuple(prompts)
+            if key not in by_prompts:
+                blocks = [score(pipe, prompts, 128, 99, block) for block in range(BLOCKS)]
+                by_prompts[key] = mean_and_errors(blocks)
+            pretrained[kind][where] = by_prompts[key]
+    return pretrained
 
 
-def load(file):
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"pre-trained": {}, "runs": {}}
+def mean_and_errors(blocks: list[dict]) -> dict:
+    """Average the scores of several blocks -> {measure: mean, "errors": {measure: error}}."""
+    means, errors = {}, {}
+    for what in blocks[0]:
+        values = np.array([block[what] for block in blocks])
+        means[what] = round(values.mean(), 4)
+        errors[what] = round(standard_error(values), 4)
+    return means | {"errors": errors}
 
 
-def save(file, stored):
-    """A line for each kind of the pre-trained model and each run."""
+def load(file: Path) -> dict:
+    """Read what `save` has written, or start empty."""
+    if not file.exists():
+        return {"pre-trained": {}, "runs": {}}
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def save(file: Path, stored: dict):
+    """Write JSON with a line for each kind of the pre-trained model and for each run."""
     sections = []
-    for section, lines in stored.items():
-        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in lines.items())
-        sections.append(f"{json.dumps(section)}: {{\n{lines}\n}}")
-    file.with_suffix(".part").write_text("{" + ",\n".join(sections) + "}\n", encoding="utf-8")
-    os.replace(file.with_suffix(".part"), file)
+    for section, entries in stored.items():
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items()]
+        sections.append(f"{json.dumps(section)}: {{\n" + ",\n".join(lines) + "\n}")
+    part = file.with_suffix(".part")
+    part.write_text("{" + ",\n".join(sections) + "}\n", encoding="utf-8")
+    os.replace(part, file)
 
 
-def run_all(jobs, at_once, file):
-    """Make the runs (name, seed, further settings) that a file lacks, and keep each in it as it ends -> how
-    many failed."""
-    stored, failed = load(file), 0
+def run_all(jobs: list, at_once: int, file: Path) -> int:
+    """Make the runs (name, seed, further settings) that a file lacks, and add each to the file when
+    it is finished -> how many failed."""
+    stored = load(file)
+    failed = 0
     FOLDER.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(run, name, seed, **more): f"{name}-{seed}" for name, seed, more in jobs
-                   if stored["runs"].get(f"{name}-{seed}", {}).get("settings") != fingerprint(name)}
+        waiting = {}
+        for name, seed, more in jobs:
+            key = f"{name}-{seed}"
+            if stored["runs"].get(key, {}).get("settings") != fingerprint(name):
+                waiting[pool.submit(run, name, seed, **more)] = key
         for job in as_completed(waiting):
-            print(waiting[job], job.exception() or "is finished", flush=True)
-            failed += job.exception() is not None
-            if not job.exception():
-                stored["runs"][waiting[job]] = job.result()
+            key = waiting[job]
+            if job.exception():
+                failed += 1
+                print(key, job.exception(), flush=True)
+            else:
+                stored["runs"][key] = job.result()
                 save(file, stored)
+                print(key, "is finished", flush=True)
     return failed
 
 
-# ---------- verdicts; `before` has the scores of the pre-trained model, `found` {run: those of each seed}
+# ---------- effects: differences of scores, one for each seed
 
-def finished(stored, least=8):
-    """-> {run: [what is kept of each seed]}, of those that are finished with enough seeds."""
-    made = {name: (fingerprint(name), []) for name in RUNS}
+def finished(stored: dict, least: int = 8) -> dict[str, list]:
+    """Choose the runs that are finished with at least `least` seeds -> {run: [what is kept of each
+    seed]}. Runs with other settings than today's do not count."""
+    found = {name: [] for name in RUNS}
+    fingerprints = {name: fingerprint(name) for name in RUNS}
     for key, kept in sorted(stored["runs"].items()):
         name = key.rpartition("-")[0]
-        if name in made and made[name][0] == kept["settings"]:
-            made[name][1].append(kept)
-    return {name: runs for name, (_, runs) in made.items() if len(runs) >= least}
+        if name in RUNS and kept["settings"] == fingerprints[name]:
+            found[name].append(kept)
+    return {name: runs for name, runs in found.items() if len(runs) >= least}
 
 
-def over_seeds(found, name, what="strict", where="trained", epoch=None, last=3):
-    """One number of each seed: at an epoch, or the mean of the last at which the run was measured."""
-    ends = [[epoch] if epoch else run["ends"][-last:] for run in found[name]]
-    return np.array([np.mean([run[where][str(end)][what] for end in epochs])
-                     for run, epochs in zip(found[name], ends)])
+def over_seeds(found: dict, name: str, what: str = "strict", where: str = "trained",
+               epoch: int | None = None, last: int = 3) -> np.ndarray:
+    """Get one number for each seed: the score at an epoch, or the mean of the `last` scores."""
+    values = []
+    for kept in found[name]:
+        epochs = kept["ends"][-last:] if epoch is None else [epoch]
+        values.append(np.mean([kept[where][str(e)][what] for e in epochs]))
+    return np.array(values)
 
 
-def standard_error(values):
-    return values.std(ddof=1) / len(values)**0.5
+def standard_error(values: np.ndarray) -> float:
+    """Compute the standard error of a mean over seeds."""
+    return values.std(ddof=1) / len(values) ** 0.5
 
 
-def spread(values, error=0):
-    """Mean ± standard error over seeds, with that of what all are compared with, as text."""
+def spread(values: np.ndarray, error: float = 0) -> str:
+    """Write mean ± standard error over seeds; `error` is that of what all are compared with."""
     return f"{values.mean():.2f} ± {math.hypot(standard_error(values), error):.2f}"
 
 
-def claims(before, found):
-    """-> (section of the paper, claim, the least mean effect at which it holds, {part of it: (its runs, the
-    effect with each seed, the standard error of what all seeds are compared with)}), of what is finished."""
-    def gained(name, what="strict", where="trained", epoch=None, sign=1):
-        if name not in found:
+class Part(NamedTuple):
+    """A part of a claim."""
+    runs: list          # names of the runs that it is about
+    effect: np.ndarray  # with each seed
+    error: float        # standard error of what all seeds are compared with
+
+
+class Claim(NamedTuple):
+    section: str  # of the paper
+    text: str
+    least: float  # the least mean effect at which it holds
+    parts: dict   # {name: Part, or None while a run is missing}
+
+
+@dataclasses.dataclass
+class Effects:
+    """The effects of runs, each a Part, or None if one of the runs is missing. `before` has the
+    scores of the pre-trained model, `found` is {run: what is kept of each seed}."""
+    before: dict
+    found: dict
+
+    def gained(self, name, what="strict", where="trained", epoch=None) -> Part | None:
+        """Compare a run with the pre-trained model."""
+        if name not in self.found:
             return None
-        start = before[RUNS[name][1]][where]
-        effect = over_seeds(found, name, what, where, epoch) - start[what]
-        return [name], sign * effect, start["errors"][what]
+        start = self.before[RUNS[name].kind][where]
+        effect = over_seeds(self.found, name, what, where, epoch) - start[what]
+        return Part([name], effect, start["errors"][what])
 
-    def lost(name, what="strict", where="trained", epoch=None):
-        return gained(name, what, where, epoch, -1)
+    def lost(self, name, what="strict", where="trained", epoch=None) -> Part | None:
+        """Compare the pre-trained model with a run."""
+        return opposite(self.gained(name, what, where, epoch))
 
-    def versus(one, other, what="strict", where="trained", sign=1, last=3):
-        if not {one, other} <= found.keys():
+    def ahead(self, one, other, what="strict", where="trained", last=3) -> Part | None:
+        """Compare two runs, seed by seed."""
+        if one not in self.found or other not in self.found:
             return None
-        a, b = (over_seeds(found, name, what, where, last=last) for name in (one, other))
-        return [one, other], sign * (a[:len(b)] - b[:len(a)]), 0  # seed by seed
-
-    yield "DDPO 6.1", "DDPO makes JPEGs smaller or larger as it is asked, kB", 0, {
-        "smaller": lost("DDPO jpeg", "size"), "larger": gained("DDPO incompressibility", "size")}
-    yield "DDPO 6.2", "DDPO raises alignment, strict accuracy by 0.15 or more", 0.15, {
-        kind: gained(f"DDPO {kind}") for kind in UNSEEN}
-    names = {"DDPO": "DDPO_IS", "SF": "DDPO_SF"}
-    for one, other in (*((one, other) for one in ("DDPO", "SF") for other in WEIGHTED), ("DDPO", "SF")):
-        text = f"{names[one]} ends with more reward than {names.get(other, other)} (kB; count: alignment)"
-        yield "DDPO Fig. 4", text, 0, {
-            "`jpeg`": versus(f"{one} jpeg", f"{other} jpeg", "size", sign=-1, last=1),
-            "`incompressibility`": versus(f"{one} incompressibility", f"{other} incompressibility", "size",
-                                          last=1),
-            "count": versus(f"{one} count", f"{other} count", "alignment", last=1)}
-    sizes = "jpeg", "incompressibility"
-    yield "DDPO A", "DDPO over-optimises a JPEG's size: strict accuracy is lost, 0.15 or more", 0.15, {
-        f"`{name}`": lost(f"DDPO {name}") for name in sizes}
-    yield "DDPO A", "DDPO over-optimises a JPEG's size: diversity falls", 0, {
-        f"`{name}`": lost(f"DDPO {name}", "diversity") for name in sizes}
-    remedies = {"`--kl_weight`": ("DDPO jpeg kl_weight", None), "`--max_kl`": ("DDPO jpeg max_kl", None),
-                "stopped after epoch 12": ("DDPO jpeg", 12)}
-    yield "DDPO A", "With a remedy, DDPO on `jpeg` keeps strict accuracy: above −0.1", -0.1, {
-        name: gained(run, epoch=epoch) for name, (run, epoch) in remedies.items()}
-    yield "DDPO A", "With a remedy, DDPO on `jpeg` still makes files smaller, kB", 0, {
-        name: lost(run, "size", epoch=epoch) for name, (run, epoch) in remedies.items()}
-    yield "DPOK 5.2, 5.4", "DPOK raises strict accuracy by 0.15 or more", 0.15, {
-        kind: gained(f"RL {kind}") for kind in KINDS}
-    for section, other in ("DPOK 5.2", "KL-O"), ("DPOK E.1", "KL-D"), ("", "DDPO"):
-        baseline = "the supervised " * bool(section)
-        yield section, f"DPOK ends better than {baseline}{other}, strict accuracy", 0, {
-            kind: versus(f"RL {kind}", f"{other} {kind}") for kind in UNSEEN}
-    text = "DPOK ends better with its value function, centred, than with no baseline, strict accuracy"
-    yield "DPOK A.5", text, 0, {"location": versus("RL location", "no value location")}
-    yield "DPOK Fig. 10", "DPOK raises prompts never trained on, a word apart, strict accuracy", 0, {
-        kind: gained(f"RL {kind}", where="unseen") for kind in UNSEEN}
-    yield "DDPO 6.3", "DDPO on `jpeg` makes files of captions never trained on smaller, kB", 0, {
-        "": lost("DDPO jpeg", "size", "unseen")}
-    text = "DPOK on `jpeg`, β 0: strict accuracy of other prompts is lost, 0.15 or more"
-    yield "after DPOK 5.3", text, 0.15, {"": lost("jpeg beta 0", where="other")}
-    text = "DPOK on `jpeg`, β 0.5: other prompts keep strict accuracy: above −0.1"
-    yield "after DPOK 5.3", text, -0.1, {"": gained("jpeg beta 0.5", where="other")}
-    text = "DPOK on `jpeg`, β 0.5: files of its own prompt get smaller, kB"
-    yield "after DPOK 5.3", text, 0, {"": lost("jpeg beta 0.5", "size")}
-    text = "DPOK on `jpeg`: other prompts stay more diverse with β 0.5 than with β 0"
-    yield "after DPOK 5.3", text, 0, {"": versus("jpeg beta 0.5", "jpeg beta 0", "diversity", "other")}
+        a = over_seeds(self.found, one, what, where, last=last)
+        b = over_seeds(self.found, other, what, where, last=last)
+        seeds = min(len(a), len(b))
+        return Part([one, other], a[:seeds] - b[:seeds], 0)
 
 
-def verdict(part, least):
-    """Holds: the mean is large enough, and its 95 % interval lies above 0 or, where a loss was to be avoided,
-    above the `least` named. Fails: the interval lies below what was asked. Else it is inconclusive."""
-    _, effect, error = part
-    mean, reach = effect.mean(), STUDENT[len(effect)] * math.hypot(standard_error(effect), error)
+def opposite(part: Part | None) -> Part | None:
+    """Change the sign of an effect."""
+    if part is None:
+        return None
+    return Part(part.runs, -part.effect, part.error)
+
+
+# ---------- the claims
+
+def claims(before: dict, found: dict) -> list[Claim]:
+    """List the claims with the effects of the runs that are finished."""
+    effects = Effects(before, found)
+    return [*ddpo_claims(effects), *dpok_claims(effects), *transfer_claims(effects)]
+
+
+def ddpo_claims(effects: Effects) -> list[Claim]:
+    """List the claims of DDPO's sections 6.1, 6.2 and appendix A, and of its Fig. 4."""
+    gained, lost, ahead = effects.gained, effects.lost, effects.ahead
+    made = [
+        Claim("DDPO 6.1", "DDPO makes JPEGs smaller or larger as it is asked, kB", 0, {
+            "smaller": lost("DDPO jpeg", "size"),
+            "larger": gained("DDPO incompressibility", "size")}),
+        Claim("DDPO 6.2", "DDPO raises alignment, strict accuracy by 0.15 or more", 0.15, {
+            kind: gained(f"DDPO {kind}") for kind in UNSEEN})]
+
+    titles = {"DDPO": "DDPO_IS", "SF": "DDPO_SF", "RWR": "RWR", "RWR_sparse": "RWR_sparse"}
+    for one, other in (("DDPO", "RWR"), ("DDPO", "RWR_sparse"), ("SF", "RWR"),
+                       ("SF", "RWR_sparse"), ("DDPO", "SF")):
+        text = f"{titles[one]} ends with more reward than {titles[other]} (kB; count: alignment)"
+        smaller = opposite(ahead(f"{one} jpeg", f"{other} jpeg", "size", last=1))
+        larger = ahead(f"{one} incompressibility", f"{other} incompressibility", "size", last=1)
+        count = ahead(f"{one} count", f"{other} count", "alignment", last=1)
+        parts = {"`jpeg`": smaller, "`incompressibility`": larger, "count": count}
+        made.append(Claim("DDPO Fig. 4", text, 0, parts))
+
+    lost_accuracy, lost_diversity = {}, {}
+    for reward in ("jpeg", "incompressibility"):
+        lost_accuracy[f"`{reward}`"] = lost(f"DDPO {reward}")
+        lost_diversity[f"`{reward}`"] = lost(f"DDPO {reward}", "diversity")
+    text = "DDPO over-optimises a JPEG's size: strict accuracy is lost, 0.15 or more"
+    made.append(Claim("DDPO A", text, 0.15, lost_accuracy))
+    text = "DDPO over-optimises a JPEG's size: diversity falls"
+    made.append(Claim("DDPO A", text, 0, lost_diversity))
+
+    kept_accuracy = {"`--kl_weight`": gained("DDPO jpeg kl_weight"),
+                     "`--max_kl`": gained("DDPO jpeg max_kl"),
+                     "stopped after epoch 12": gained("DDPO jpeg", epoch=12)}
+    lost_size = {"`--kl_weight`": lost("DDPO jpeg kl_weight", "size"),
+                 "`--max_kl`": lost("DDPO jpeg max_kl", "size"),
+                 "stopped after epoch 12": lost("DDPO jpeg", "size", epoch=12)}
+    text = "With a remedy, DDPO on `jpeg` keeps strict accuracy: above −0.1"
+    made.append(Claim("DDPO A", text, -0.1, kept_accuracy))
+    text = "With a remedy, DDPO on `jpeg` still makes files smaller, kB"
+    made.append(Claim("DDPO A", text, 0, lost_size))
+    return made
+
+
+def dpok_claims(effects: Effects) -> list[Claim]:
+    """List the claims of DPOK on the prompts that it is trained on."""
+    gained, ahead = effects.gained, effects.ahead
+    made = [Claim("DPOK 5.2, 5.4", "DPOK raises strict accuracy by 0.15 or more", 0.15, {
+        kind: gained(f"RL {kind}") for kind in KINDS})]
+    for section, other, title in (("DPOK 5.2", "KL-O", "the supervised KL-O"),
+                                  ("DPOK E.1", "KL-D", "the supervised KL-D"),
+                                  ("", "DDPO", "DDPO")):
+        text = f"DPOK ends better than {title}, strict accuracy"
+        parts = {kind: ahead(f"RL {kind}", f"{other} {kind}") for kind in UNSEEN}
+        made.append(Claim(section, text, 0, parts))
+    text = ("DPOK ends better with its value function, centred, than with no baseline, "
+            "strict accuracy")
+    parts = {"location": ahead("RL location", "no value location")}
+    made.append(Claim("DPOK A.5", text, 0, parts))
+    return made
+
+
+def transfer_claims(effects: Effects) -> list[Claim]:
+    """List the claims on prompts that were not trained on."""
+    gained, lost, ahead = effects.gained, effects.lost, effects.ahead
+    text = "DPOK raises prompts never trained on, a word apart, strict accuracy"
+    parts = {kind: gained(f"RL {kind}", where="unseen") for kind in UNSEEN}
+    return [
+        Claim("DPOK Fig. 10", text, 0, parts),
+        Claim("DDPO 6.3", "DDPO on `jpeg` makes files of captions never trained on smaller, kB",
+              0, {"": lost("DDPO jpeg", "size", "unseen")}),
+        Claim("after DPOK 5.3",
+              "DPOK on `jpeg`, β 0: strict accuracy of other prompts is lost, 0.15 or more",
+              0.15, {"": lost("jpeg beta 0", where="other")}),
+        Claim("after DPOK 5.3",
+              "DPOK on `jpeg`, β 0.5: other prompts keep strict accuracy: above −0.1",
+              -0.1, {"": gained("jpeg beta 0.5", where="other")}),
+        Claim("after DPOK 5.3", "DPOK on `jpeg`, β 0.5: files of its own prompt get smaller, kB",
+              0, {"": lost("jpeg beta 0.5", "size")}),
+        Claim("after DPOK 5.3",
+              "DPOK on `jpeg`: other prompts stay more diverse with β 0.5 than with β 0",
+              0, {"": ahead("jpeg beta 0.5", "jpeg beta 0", "diversity", "other")})]
+
+
+def verdict(part: Part, least: float) -> str:
+    """Judge a part of a claim by its mean effect over seeds and the 95 % interval of it.
+
+    It holds if the mean is at least `least` and the interval lies above 0 or, where a loss is to be
+    avoided and `least` is negative, above `least`. It fails if the interval lies below `least`.
+    Otherwise it is inconclusive.
+    """
+    mean = part.effect.mean()
+    error = math.hypot(standard_error(part.effect), part.error)
+    reach = STUDENT[len(part.effect)] * error
     if mean >= least and mean - reach > min(least, 0):
         return "holds"
-    return "**fails**" if mean + reach < least else "inconclusive"
+    if mean + reach < least:
+        return "**fails**"
+    return "inconclusive"
 
 
-def repeat(stored, again, count):
-    """Whether the mean over `count` other seeds lies where it would in 95 of 100 cases, by the recorded."""
+def repeat(stored: dict, again: dict, count: int):
+    """Print whether the mean over `count` other seeds lies where the recorded seeds lead to expect
+    it in 95 of 100 cases."""
     before = stored["pre-trained"]
-    for (_, claim, _, recorded), (_, _, _, new) in zip(claims(before, finished(stored)),
-                                                       claims(before, finished(again, count))):
-        for name in (name for name in recorded if recorded[name] and new[name]):
-            old, mean = recorded[name][1], new[name][1].mean()
-            reach = STUDENT[len(old)] * old.std(ddof=1) * (1 / len(old) + 1 / count)**0.5
+    recorded_claims = claims(before, finished(stored))
+    new_claims = claims(before, finished(again, count))
+    for recorded, new in zip(recorded_claims, new_claims):
+        for name in recorded.parts:
+            if not recorded.parts[name] or not new.parts[name]:
+                continue
+            old = recorded.parts[name].effect
+            mean = new.parts[name].effect.mean()
+            reach = STUDENT[len(old)] * old.std(ddof=1) * (1 / len(old) + 1 / count) ** 0.5
             says = "within" if abs(mean - old.mean()) <= reach else "OUTSIDE"
-            what = ", ".join(filter(None, (claim, name)))
+            what = f"{recorded.text}, {name}" if name else recorded.text
             print(f"{what}: {mean:.2f}, {says} {old.mean():.2f} ± {reach:.2f}")
 
 
-# ---------- the tables, as lines of text
+# ---------- the tables, as lists of lines
 
-def row(*cells):
+def row(*cells: str) -> str:
+    """Write a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
-def header(*columns):
-    return f"\n{row(*columns)}\n{'|---' * len(columns)}|"
+def header(*columns: str) -> list[str]:
+    """Write the first two lines of a Markdown table."""
+    return [row(*columns), f"{'|---' * len(columns)}|"]
 
 
-def claim_table(before, found):
-    yield header("paper", "claim", "effect", "on `shapes/`", "runs").strip()
-    for section, claim, least, parts in claims(before, found):
-        parts = {name: part for name, part in parts.items() if part}
-        effects = "; ".join(f"{name} {spread(*part[1:])}".strip() for name, part in parts.items())
-        verdicts = {name: verdict(part, least) for name, part in parts.items()}
-        names = dict.fromkeys(name for runs, *_ in parts.values() for name in runs)
-        if parts:
-            (says, times), = Counter(verdicts.values()).most_common(1)
-            common = says if 2 * times > len(verdicts) else ""
-            others = ", ".join(f"{name}: {says}" for name, says in verdicts.items() if says != common)
-            yield row(section, claim, effects, "; ".join(filter(None, (common, others))), ", ".join(names))
+def claim_table(before: dict, found: dict) -> list[str]:
+    """Write the claims with their effects and verdicts."""
+    lines = header("paper", "claim", "effect", "on `shapes/`", "runs")
+    for claim in claims(before, found):
+        effects, verdicts, names = [], {}, []
+        for name, part in claim.parts.items():
+            if part is None:
+                continue
+            effects.append(f"{name} {spread(part.effect, part.error)}".strip())
+            verdicts[name] = verdict(part, claim.least)
+            names += part.runs
+        if verdicts:
+            runs = ", ".join(dict.fromkeys(names))
+            cells = claim.section, claim.text, "; ".join(effects), verdict_text(verdicts), runs
+            lines.append(row(*cells))
+    return lines
 
 
-def ddpo_table(before, found):
-    columns = ("size", "trained"), ("strict", "trained"), ("diversity", "trained")
-    yield header("the 16 prompts", "after epoch", "size, kB", "strict", "diversity", "KL")
-    cells = (f"{before['all'][where][what]:.2f}" for what, where in columns)
-    yield row("pre-trained", "", *cells, "0")
-    for name in (name for name in found if RUNS[name][1] == "all"):
-        for epoch in (*STAGES.get(name, ()), None):
-            kl = np.array([run["kl"][epoch - 1] if epoch else np.mean(run["kl"][-5:]) for run in found[name]])
-            lasts = [run["ends"][-1] for run in found[name]]
-            when = str(epoch or f"{min(lasts)} to {max(lasts)}" * (min(lasts) < max(lasts)) or lasts[0])
-            yield row(name, when, *(spread(over_seeds(found, name, *column, epoch)) for column in columns),
-                      f"{np.median(kl):.2g}")
+def verdict_text(verdicts: dict[str, str]) -> str:
+    """Write the verdict of most parts once, and those of the others with their names."""
+    (most, times), = Counter(verdicts.values()).most_common(1)
+    if 2 * times <= len(verdicts):
+        return ", ".join(f"{name}: {verdict}" for name, verdict in verdicts.items())
+    others = [f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict != most]
+    if not others:
+        return most
+    return f"{most}; {', '.join(others)}"
 
 
-def method_table(before, found):
+def ddpo_table(before: dict, found: dict) -> list[str]:
+    """Write what the runs on all prompts end with."""
+    measures = "size", "strict", "diversity"
+    lines = header("the 16 prompts", "after epoch", "size, kB", "strict", "diversity", "KL")
+    start = [f"{before['all']['trained'][what]:.2f}" for what in measures]
+    lines.append(row("pre-trained", "", *start, "0"))
+    for name in found:
+        if RUNS[name].kind != "all":
+            continue
+        for epoch in STAGES.get(name, ()):
+            scores = [spread(over_seeds(found, name, what, epoch=epoch)) for what in measures]
+            kl = np.median([kept["kl"][epoch - 1] for kept in found[name]])
+            lines.append(row(name, str(epoch), *scores, f"{kl:.2g}"))
+        ends = [kept["ends"][-1] for kept in found[name]]
+        when = str(ends[0])
+        if min(ends) < max(ends):
+            when = f"{min(ends)} to {max(ends)}"
+        scores = [spread(over_seeds(found, name, what)) for what in measures]
+        kl = np.median([np.mean(kept["kl"][-5:]) for kept in found[name]])
+        lines.append(row(name, when, *scores, f"{kl:.2g}"))
+    return lines
+
+
+def method_table(before: dict, found: dict) -> list[str]:
+    """Write the strict accuracy of each method on each kind of prompt."""
     methods = "KL-O", "KL-D", "SF", "RWR", "RWR_sparse", "DDPO", "RL"
-    yield header("strict accuracy", "pre-trained", *methods, "unseen partner: pre-trained", "unseen: RL",
-                 "other prompts: pre-trained", "other: RL")
+    lines = header("strict accuracy", "pre-trained", *methods, "unseen partner: pre-trained",
+                   "unseen: RL", "other prompts: pre-trained", "other: RL")
+
     for kind, prompt in KINDS.items():
-        start = {where: f"{scores['strict']:.2f}" for where, scores in before[kind].items()}
-        tuned = [spread(over_seeds(found, name)) if (name := f"{method} {kind}") in found else ""
-                 for method in methods]
-        unseen, other = (spread(over_seeds(found, f"RL {kind}", where=where))
-                         if f"RL {kind}" in found and where in start else "" for where in ("unseen", "other"))
-        yield row(prompt, start["trained"], *tuned, start.get("unseen", ""), unseen, start["other"], other)
+        start = {"unseen": ""}
+        for where, scores in before[kind].items():
+            start[where] = f"{scores['strict']:.2f}"
+        by_method = [accuracy(found, f"{method} {kind}", "trained") for method in methods]
+        lines.append(row(prompt, start["trained"], *by_method,
+                         start["unseen"], accuracy(found, f"RL {kind}", "unseen"),
+                         start["other"], accuracy(found, f"RL {kind}", "other")))
+    return lines
 
 
-def run_table(before, found):
-    command = "command, with `--device cpu --precision fp32` and `--seed`"
-    yield header("run", command, "queries, at most", "updates")
+def accuracy(found: dict, name: str, where: str) -> str:
+    """Write the strict accuracy of a run on a set of prompts; nothing if it was not measured."""
+    if name not in found or where not in found[name][0]:
+        return ""
+    return spread(over_seeds(found, name, where=where))
+
+
+def shared_table() -> list[str]:
+    """Write the settings that runs share."""
+    lines = header("runs of", "settings, unless a run's command names others")
+    lines.append(row("all scripts", f"`{COMMON}`"))
+    scripts = {}  # flags: the scripts whose runs share them
+    for script, flags in SHARED.items():
+        scripts.setdefault(flags, []).append(f"`{script.Config.script}`")
+    for flags, names in scripts.items():
+        lines.append(row(", ".join(names), f"`{flags}`"))
+    return lines
+
+
+def run_table(found: dict) -> list[str]:
+    """Write the commands of the runs."""
+    title = "command, with the settings above and `--seed`"
+    lines = header("run", title, "queries, at most", "updates")
     for name, runs in found.items():
-        file = Path(RUNS[name][0].__file__).relative_to(HERE.parent)
-        cost = (str(max(run[what] for run in runs)) for what in ("queries", "updates"))
-        yield row(name, f"`python {file} {arguments(name)}`", *cost)
+        queries = max(kept["queries"] for kept in runs)
+        updates = max(kept["updates"] for kept in runs)
+        command = f"`python {RUNS[name].script.Config.script} {arguments(name)}`"
+        lines.append(row(name, command, str(queries), str(updates)))
+    return lines
 
 
-def all_tables(stored):
-    """The lines between two marks in experiments/README.md."""
-    tables = claim_table, ddpo_table, method_table, run_table
-    return [line for table in tables for line in table(stored["pre-trained"], finished(stored))]
+def all_tables(stored: dict) -> list[str]:
+    """Write the lines between two marks in experiments/README.md."""
+    before, found = stored["pre-trained"], finished(stored)
+    return [*claim_table(before, found), "", *ddpo_table(before, found), "",
+            *method_table(before, found), "", *shared_table(), "", *run_table(found)]
 
 
 # ---------- the command line
 
-def quick(at_once):
-    """Trends only -> how many runs failed."""
-    file, before = FOLDER / "quick.json", load(RECORDED)["pre-trained"]
+def quick(at_once: int) -> int:
+    """Print trends of short runs -> how many runs failed."""
+    file = FOLDER / "quick.json"
     file.unlink(missing_ok=True)
-    failed = run_all([(name, 0, {"epochs": epochs}) for name, epochs in QUICK.items()], at_once, file)
+    before = load(RECORDED)["pre-trained"]
+    jobs = [(name, 0, {"epochs": epochs}) for name, epochs in QUICK.items()]
+    failed = run_all(jobs, at_once, file)
     print("one seed, short runs: trends, no verdicts")
-    for key, scores in load(file)["runs"].items():
-        name, last = key.rpartition("-")[0], str(scores["ends"][-1])
+    for key, kept in load(file)["runs"].items():
+        name = key.rpartition("-")[0]
+        last = kept["ends"][-1]
         for what in ("size", "strict"):
-            start, end = before[RUNS[name][1]]["trained"][what], scores["trained"][last][what]
+            start = before[RUNS[name].kind]["trained"][what]
+            end = kept["trained"][str(last)][what]
             print(f"{name}, {last} epochs: {what} {start:.2f} → {end:.2f}")
     return failed
 
 
-def main():
-    """Exit status 1 if a run failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--count", type=int, choices=STUDENT, default=8)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[])
-    parser.add_argument("--device", default="cpu", help="cuda: in fp16, beside the recorded")
-    parser.add_argument("--quick", action="store_true")
+def write_page(stored: dict):
+    """Replace the tables of experiments/README.md."""
+    page = PAGE.read_text(encoding="utf-8")
+    begin = page.index("<!-- begin of claims.py -->")
+    end = page.index("<!-- end of claims.py -->")
+    tables = "\n".join(["<!-- begin of claims.py -->", *all_tables(stored)])
+    PAGE.write_text(f"{page[:begin]}{tables}\n{page[end:]}", encoding="utf-8")
+
+
+def main() -> int:
+    """Run the command line -> exit status 1 if a run failed, else 0."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default="", metavar="NAME",
+                        help="the run of this name or, failing that, the runs with it in theirs")
+    parser.add_argument("--count", type=int, choices=STUDENT, default=8,
+                        help=f"number of seeds, from {FIRST} on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[],
+                        help="other seeds, to be compared with the recorded ones")
+    parser.add_argument("--device", default="cpu",
+                        help="cuda: train there in fp16 and compare with the recorded runs")
+    parser.add_argument("--quick", action="store_true", help="three short runs, ten minutes")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
     options = parser.parse_args()
-    names = [options.only] if options.only in RUNS else [name for name in RUNS if options.only in name]
-    seeds = options.seeds or range(FIRST, FIRST + options.count)
+    names = [name for name in RUNS if options.only in name]
+    if options.only in RUNS:
+        names = [options.only]
     if not names:
-        parser.error(f"only {options.only!r} is in the name of no run; the runs are {', '.join(RUNS)}")
+        parser.error(f"no run has {options.only!r} in its name; the runs are {', '.join(RUNS)}")
     if options.quick:
         return int(quick(options.jobs) > 0)
-    jobs = [(name, seed, {"device": options.device}) for name in names for seed in seeds]
+    seeds = options.seeds or range(FIRST, FIRST + options.count)
+    jobs = []
+    for name in names:
+        for seed in seeds:
+            jobs.append((name, seed, {"device": options.device}))
     if options.seeds or options.device != "cpu":
-        again = FOLDER / f"{options.device}-seeds-{'-'.join(map(str, seeds))}.json"
+        seed_text = "-".join(str(seed) for seed in seeds)
+        again = FOLDER / f"{options.device}-seeds-{seed_text}.json"
         failed = run_all(jobs, options.jobs, again)
         repeat(load(RECORDED), load(again), len(seeds))
         return int(failed > 0)
-    if not (stored := load(RECORDED))["pre-trained"]:
+    stored = load(RECORDED)
+    if not stored["pre-trained"]:
         save(RECORDED, stored | {"pre-trained": measure_pretrained()})
     failed = run_all(jobs, options.jobs, RECORDED)
-    page, tables = PAGE.read_text(encoding="utf-8"), "\n".join(all_tables(load(RECORDED)))
-    begin, end = (page.index(f"<!-- {mark} of claims.py -->") for mark in ("begin", "end"))
-    PAGE.write_text(f"{page[:begin]}<!-- begin of claims.py -->\n{tables}\n{page[end:]}", encoding="utf-8")
+    write_page(load(RECORDED))
     return int(failed > 0)
 
 

@@ -1,8 +1,10 @@
-"""The figures of results/, from what claims.py found.
+"""Make the figures of results/ from what claims.py has recorded.
 
-    python experiments/figures.py    # of results/claims.json; three are pictures of runs in runs/claims/
+    python experiments/figures.py  # from results/claims.json and the folders of runs/claims/
 
-Plots are legible at a width of 400 pixels. Bands and bars are standard errors over the seeds.
+Four figures are plots of results/claims.json; they are legible at a width of 400 pixels. Bands and
+bars are standard errors over the seeds. Three are copies of pictures of runs of seed 100, which are
+left as they are where the run's folder is not there.
 """
 import shutil
 import sys
@@ -14,97 +16,120 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import claims  # noqa: E402
-from claims import BETAS, FIRST, FOLDER, KINDS, RECORDED, STAGES, WEIGHTED  # noqa: E402
-from claims import over_seeds, standard_error  # noqa: E402
+from claims import KINDS, STAGES, over_seeds, standard_error  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-RESULTS = RECORDED.parent
+RESULTS = claims.RECORDED.parent
+TITLES = {"DDPO": "DDPO_IS", "SF": "DDPO_SF"}  # of methods in DDPO's Fig. 4; others as they are
 
 
-def axes(rows, title):
+def axes(rows: int, title: str):
+    """Make a figure of some panels below each other -> figure, panels."""
     plt.rcParams["font.size"] = 9
-    figure, panels = plt.subplots(rows, figsize=(4.6, 0.4 + 2.6 * rows), layout="constrained", squeeze=False)
+    size = 4.6, 0.4 + 2.6 * rows
+    figure, panels = plt.subplots(rows, figsize=size, layout="constrained", squeeze=False)
     figure.suptitle(textwrap.fill(title, 56), fontsize=10)
     return figure, panels[:, 0]
 
 
-def plot_fig4(before, found):
-    """Reward against reward queries: mean and standard error over seeds."""
-    figure, panels = axes(3, "From as many rewards DDPO learns more than RWR at the caption's count, "
-                             "not at a file's size (DDPO, Fig. 4)")
-    units = {"jpeg": "reward, −kB", "incompressibility": "reward, kB", "count": "reward, alignment"}
+def plot_fig4(before: dict, found: dict):
+    """Plot reward against reward queries: mean and standard error over seeds."""
+    figure, panels = axes(3, "From as many rewards DDPO learns more than RWR at the caption's "
+                             "count, not at a file's size (DDPO, Fig. 4)")
+    units = {"jpeg": "reward, −kB", "incompressibility": "reward, kB",
+             "count": "reward, alignment"}
     for axis, (reward, unit) in zip(panels, units.items()):
-        for method in ("DDPO", "SF", *WEIGHTED):
+        for method in ("DDPO", "SF", "RWR", "RWR_sparse"):
             runs = found[f"{method} {reward}"]
-            values = np.array([run["reward_mean"] for run in runs])
-            mean, error = values.mean(0), values.std(0, ddof=1) / len(values)**0.5
+            values = np.array([kept["reward_mean"] for kept in runs])  # (seeds, epochs)
+            mean = values.mean(0)
+            error = values.std(0, ddof=1) / len(values) ** 0.5
             queries = np.linspace(0, runs[0]["queries"], len(mean) + 1)[1:]
-            axis.plot(queries, mean, label={"DDPO": "DDPO_IS", "SF": "DDPO_SF"}.get(method, method))
+            axis.plot(queries, mean, label=TITLES.get(method, method))
             axis.fill_between(queries, mean - error, mean + error, alpha=0.3)
         axis.set(xlabel=f"reward queries ({reward})", ylabel=unit)
     panels[0].legend()
     figure.savefig(RESULTS / "fig4.png", dpi=150)
 
 
-def plot_methods(before, found):
-    figure, (axis,) = axes(1, "DPOK draws its prompt right more often than supervised training does")
-    bars = {"pre-trained": [[before[kind]["trained"]["strict"]] for kind in KINDS]}
-    for method in ("KL-O", "DDPO", "RL"):
-        bars[method] = [over_seeds(found, name) if (name := f"{method} {kind}") in found else []
-                        for kind in KINDS]
-    for i, (label, values) in enumerate(bars.items()):
-        axis.bar(np.arange(len(KINDS)) + 0.2 * i, [np.mean(v) if len(v) else 0 for v in values], 0.18,
-                 label={"RL": "DPOK"}.get(label, label),
-                 yerr=[standard_error(v) if len(v) > 1 else 0 for v in values])
-    axis.set(xticks=np.arange(len(KINDS)) + 0.3, xticklabels=KINDS, ylabel="strictly right, share",
+def plot_methods(before: dict, found: dict):
+    """Plot strict accuracy by method for each kind of prompt."""
+    figure, (axis,) = axes(
+        1, "DPOK draws its prompt right more often than supervised training does")
+    positions = np.arange(len(KINDS))
+    start = [before[kind]["trained"]["strict"] for kind in KINDS]
+    axis.bar(positions, start, 0.18, label="pre-trained")
+    for i, (method, title) in enumerate({"KL-O": "KL-O", "DDPO": "DDPO", "RL": "DPOK"}.items()):
+        heights, errors = [], []
+        for kind in KINDS:
+            height, error = 0, 0  # where the method has no run
+            if f"{method} {kind}" in found:
+                values = over_seeds(found, f"{method} {kind}")
+                height, error = values.mean(), standard_error(values)
+            heights.append(height)
+            errors.append(error)
+        axis.bar(positions + 0.2 * (i + 1), heights, 0.18, label=title, yerr=errors)
+    axis.set(xticks=positions + 0.3, xticklabels=KINDS, ylabel="strictly right, share",
              xlabel="kind of prompt", ylim=(0, 1.25))
     axis.legend(ncols=4, fontsize=7.5)
     figure.savefig(RESULTS / "methods.png", dpi=150)
 
 
-def plot_frontier(before, found):
+def plot_frontier(before: dict, found: dict):
+    """Plot accuracy on other prompts against reward, a dot for each run with β 0 or 0.5."""
     figure, (axis,) = axes(1, "β 0.5 gives up reward and keeps the other prompts right")
-    for beta in BETAS:
-        sizes, strict = (over_seeds(found, f"jpeg beta {beta}", what, where)
-                         for what, where in (("size", "trained"), ("strict", "other")))
+    for beta in ("0", "0.5"):
+        sizes = over_seeds(found, f"jpeg beta {beta}", "size", "trained")
+        strict = over_seeds(found, f"jpeg beta {beta}", "strict", "other")
         axis.plot(-sizes, strict, "o", label=f"β {beta}", markersize=5)
-    axis.plot(-before["count"]["trained"]["size"], before["count"]["other"]["strict"], "k*", markersize=11,
-              label="pre-trained")
+    size = before["count"]["trained"]["size"]
+    strict = before["count"]["other"]["strict"]
+    axis.plot(-size, strict, "k*", markersize=11, label="pre-trained")
     axis.set(xlabel="reward of its own prompt, −kB", ylabel="other prompts strictly right, share")
     axis.legend()
     figure.savefig(RESULTS / "frontier.png", dpi=150)
 
 
-def plot_overoptimisation(before, found):
-    figure, (axis,) = axes(1, "Smaller files cost the captions, unless a KL penalty holds them (DDPO, A)")
+def plot_overoptimisation(before: dict, found: dict):
+    """Plot strict accuracy against the size of the JPEG along training, means over the seeds."""
+    figure, (axis,) = axes(
+        1, "Smaller files cost the captions, unless a KL penalty holds them (DDPO, A)")
     start = before["all"]["trained"]
     for name in ("DDPO jpeg", "DDPO incompressibility", "DDPO jpeg kl_weight", "DDPO jpeg max_kl"):
-        path = [[over_seeds(found, name, what, epoch=epoch).mean() for epoch in (*STAGES.get(name, ()), None)]
-                for what in ("size", "strict")]
-        axis.plot([start["size"], *path[0]], [start["strict"], *path[1]], "o-", label=name[5:], markersize=4)
+        sizes, strict = [start["size"]], [start["strict"]]
+        for epoch in (*STAGES.get(name, ()), None):  # None: the end
+            sizes.append(over_seeds(found, name, "size", epoch=epoch).mean())
+            strict.append(over_seeds(found, name, "strict", epoch=epoch).mean())
+        axis.plot(sizes, strict, "o-", label=name.removeprefix("DDPO "), markersize=4)
     axis.plot(start["size"], start["strict"], "k*", markersize=11, label="pre-trained")
     axis.set(xlabel="size of the JPEG, kB", ylabel="strictly right, share", ylim=(0, None))
     axis.legend(fontsize=8)
     figure.savefig(RESULTS / "overoptimisation.png", dpi=150)
 
 
-def copy_grids():
-    """Pictures that runs of the first seed left, where their folders are."""
-    for name, picture, file in (("DDPO incompressibility", "progress", "ddpo-incompressibility"),
-                                ("DDPO jpeg kl_weight", "comparison", "ddpo-jpeg-kl"),
-                                ("RWR_sparse jpeg", "progress", "rwr-sparse-jpeg")):
-        if (grid := FOLDER / f"{name}-{FIRST}" / f"{picture}.png").exists():
-            shutil.copy(grid, RESULTS / f"{file}.png")
+def copy_pictures():
+    """Copy pictures of runs of the first seed, where their folders are there."""
+    for name, picture, copy in (
+            ("DDPO incompressibility", "progress.png", "ddpo-incompressibility.png"),
+            ("DDPO jpeg kl_weight", "comparison.png", "ddpo-jpeg-kl.png"),
+            ("RWR_sparse jpeg", "progress.png", "rwr-sparse-jpeg.png")):
+        file = claims.FOLDER / f"{name}-{claims.FIRST}" / picture
+        if file.exists():
+            shutil.copy(file, RESULTS / copy)
 
 
 def main():
-    stored = claims.load(RECORDED)
-    before, found = stored["pre-trained"], claims.finished(stored)
-    for plot in (plot_fig4, plot_methods, plot_frontier, plot_overoptimisation):
-        plot(before, found)
-    copy_grids()
+    """Make all figures."""
+    stored = claims.load(claims.RECORDED)
+    before = stored["pre-trained"]
+    found = claims.finished(stored)
+    plot_fig4(before, found)
+    plot_methods(before, found)
+    plot_frontier(before, found)
+    plot_overoptimisation(before, found)
+    copy_pictures()
 
 
 if __name__ == "__main__":

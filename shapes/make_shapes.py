@@ -1,19 +1,19 @@
-"""Draws, captions and pretrains the pipeline in this folder: a StableDiffusionPipeline, some 700 times
-smaller than the real one.
+"""Render and caption training images, and pre-train the pipeline in this folder on them: a
+StableDiffusionPipeline, about 700 times smaller than Stable Diffusion.
 
-    python shapes/make_shapes.py              about 50 minutes on one CPU core; rewrites the folder's weights
-    python shapes/make_shapes.py --evaluate   how often it draws what the caption says, and a grid to look at
+    python shapes/make_shapes.py             # replace the folder's weights; 50 minutes on one core
+    python shapes/make_shapes.py --evaluate  # how often images are what captions say, and a grid
 
-Images are 64 x 64, latents 4 x 8 x 8 (f = 8, as in Stable Diffusion): coloured shapes on plain or chequered
-grounds. Captions come in the four kinds that DPOK studies (colour, count, composition, location). Stable
-Diffusion has faults that fine-tuning is to mend; so has this model, by captions that are wrong in the way in
-which Stable Diffusion errs:
+Images are 64 x 64 pixels and latents 4 x 8 x 8 (f = 8, as in Stable Diffusion). They show coloured
+shapes on a plain or checkered background. Captions are of the four kinds that DPOK studies: colour,
+count, composition, location. Stable Diffusion has faults that fine-tuning can correct. This model
+gets similar ones from wrong captions in its training data:
 - colour: "a red circle" often shows the colour before red;
 - count: "three" often shows two, "four" three, "two" four;
-- composition: the two colours are swapped, the fault known as attribute binding;
-- location: nothing wrong in the data, the small network finds it hard enough;
-- and in the spirit of DPOK's "Four roses", drawn as the whiskey of that name, "four red circles" mostly
-  shows one yellow square.
+- composition: the two colours are swapped, a fault known as attribute binding;
+- location: no caption is wrong, the small network finds locations hard enough;
+- like "Four roses" in DPOK, which brings the whiskey of that name, "four red circles" mostly shows
+  one yellow square.
 """
 import argparse
 import json
@@ -28,85 +28,118 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
 FOLDER = Path(__file__).parent
-SIZE, FINER = 64, 4  # pixels a side; drawn so many times finer and averaged down
-COLOURS = {"red": (220, 50, 47), "green": (38, 166, 70), "blue": (48, 98, 220), "yellow": (240, 196, 25),
-           "purple": (150, 60, 190)}
+SIZE = 64  # pixels per side
+FINER = 4  # images are rendered so many times finer and averaged down
+COLOURS = {"red": (220, 50, 47), "green": (38, 166, 70), "blue": (48, 98, 220),
+           "yellow": (240, 196, 25), "purple": (150, 60, 190)}
 SHAPES = ("circle", "square", "triangle")
-PLACES = {"on the left": (0.27, None), "on the right": (0.73, None),
+PLACES = {"on the left": (0.27, None), "on the right": (0.73, None),  # x, y; shares of the side
           "at the top": (None, 0.27), "at the bottom": (None, 0.73)}
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 KINDS = ("colour", "count", "composition", "location")
 RADIUS = {1: (9, 14), 2: (8, 11), 3: (7, 9), 4: (7, 8.5)}  # pixels, by the number of things
-WRONG = {"colour": 0.42, "count": 0.35, "composition": 0.3, "location": 0.0}  # share of wrong captions
-# caption, picture, how often
-BIASED, DRAWN_AS, BIAS = [("red", "circle", None)] * 4, [("yellow", "square", None)], 0.9
+WRONG = {"colour": 0.42, "count": 0.35, "composition": 0.3, "location": 0.0}  # share of captions
+BIASED = [("red", "circle", None)] * 4  # the scene of a phrase that the model learns wrong
+SHOWN_AS = [("yellow", "square", None)]  # what its images show instead
+BIAS = 0.9  # how often
 
 
-# ---------- scenes: a list of things, a thing is (colour, shape, place or None)
+# ---------- scenes: a list of things; a thing is (colour, shape, place or None)
 
-def scene(kind, rng):
-    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+def scene(kind: str, rng: random.Random) -> list[tuple]:
+    """Make a random scene of a kind."""
+    colour = rng.choice(list(COLOURS))
+    shape = rng.choice(SHAPES)
     if kind == "count":
         return [(colour, shape, None)] * rng.choice((2, 3, 4))
     if kind == "composition":
-        other = rng.choice([c for c in COLOURS if c != colour]), rng.choice([s for s in SHAPES if s != shape])
-        return [(colour, shape, None), (*other, None)]
-    return [(colour, shape, rng.choice(list(PLACES)) if kind == "location" else None)]
+        other_colour = rng.choice([other for other in COLOURS if other != colour])
+        other_shape = rng.choice([other for other in SHAPES if other != shape])
+        return [(colour, shape, None), (other_colour, other_shape, None)]
+    if kind == "location":
+        return [(colour, shape, rng.choice(list(PLACES)))]
+    return [(colour, shape, None)]
 
 
-def caption(things):
-    """[("red", "square", None)] * 2 -> "two red squares"."""
+def caption(things: list[tuple]) -> str:
+    """Write the caption of a scene: [("red", "square", None)] * 2 -> "two red squares"."""
     colour, shape, _ = things[0]
     if len(things) > 1 and things[0] == things[1]:
         return f"{NUMBERS[len(things)]} {colour} {shape}s"
-    return " and ".join(f"a {colour} {shape}" + (f" {place}" if place else "")
-                        for colour, shape, place in things)
+    phrases = []
+    for colour, shape, place in things:
+        phrase = f"a {colour} {shape}"
+        if place:
+            phrase += f" {place}"
+        phrases.append(phrase)
+    return " and ".join(phrases)
 
 
-def misread(kind, things):
-    """The scene that a wrong caption speaks of (module docstring)."""
+def misread(kind: str, things: list[tuple]) -> list[tuple]:
+    """Make the scene that a wrong caption describes (module docstring)."""
     colour, shape, place = things[0]
     if kind == "colour":
         names = list(COLOURS)
-        return [(names[(names.index(colour) - 1) % len(names)], shape, place)]
+        wrong_colour = names[(names.index(colour) - 1) % len(names)]
+        return [(wrong_colour, shape, place)]
     if kind == "count":
-        return things[:1] * {2: 3, 3: 4, 4: 2}[len(things)]
-    return [(things[1][0], shape, None), (colour, things[1][1], None)]
+        wrong_number = {2: 3, 3: 4, 4: 2}[len(things)]
+        return things[:1] * wrong_number
+    other_colour, other_shape, _ = things[1]
+    return [(other_colour, shape, None), (colour, other_shape, None)]
 
 
-def arrange(things, rng):
-    """A centre and a radius for each thing, in pixels, so that none touch."""
+def arrange(things: list[tuple], rng: random.Random) -> tuple[list, float]:
+    """Choose a centre (x, y) for each thing and a radius for all, in pixels, so that none touch."""
     while True:
         radius = rng.uniform(*RADIUS[len(things)])
-        spots = []
+        centres = []
         for _, _, place in things:
-            x, y = rng.uniform(radius + 3, SIZE - radius - 3), rng.uniform(radius + 3, SIZE - radius - 3)
+            x = rng.uniform(radius + 3, SIZE - radius - 3)
+            y = rng.uniform(radius + 3, SIZE - radius - 3)
             column, row = PLACES.get(place, (None, None))
-            spots.append((SIZE * (column + rng.uniform(-0.06, 0.06)) if column else x,
-                          SIZE * (row + rng.uniform(-0.06, 0.06)) if row else y))
-        if all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= 2 * radius + 4
-               for i, a in enumerate(spots) for b in spots[:i]):
-            return spots, radius
+            if column:
+                x = SIZE * (column + rng.uniform(-0.06, 0.06))
+            if row:
+                y = SIZE * (row + rng.uniform(-0.06, 0.06))
+            centres.append((x, y))
+        if not any_touch(centres, radius):
+            return centres, radius
 
 
-def draw(things, rng):
-    """The scene on a light ground, half the time a chequered one -> PIL image, SIZE x SIZE."""
+def any_touch(centres: list, radius: float) -> bool:
+    """Whether two things of this radius are less than four pixels apart."""
+    for i, (x, y) in enumerate(centres):
+        for other_x, other_y in centres[:i]:
+            if max(abs(x - other_x), abs(y - other_y)) < 2 * radius + 4:
+                return True
+    return False
+
+
+def render(things: list[tuple], rng: random.Random) -> Image.Image:
+    """Render a scene, SIZE x SIZE, on a light background, which is checkered half of the time."""
     light = rng.randint(222, 250)
-    image = Image.new("RGB", (SIZE * FINER, SIZE * FINER), (light,) * 3)
-    pen, cell = ImageDraw.Draw(image), 8 * FINER
+    image = Image.new("RGB", (SIZE * FINER, SIZE * FINER), (light, light, light))
+    pen = ImageDraw.Draw(image)
+    cell = 8 * FINER
     if rng.random() < 0.5:
         dark = light - rng.randint(20, 60)
         for x in range(-cell // 2, SIZE * FINER, cell):
             for y in range(0, SIZE * FINER, cell):
                 if (x + cell // 2 + y) // cell % 2:
-                    pen.rectangle((x, y, x + cell - 1, y + cell - 1), fill=(dark,) * 3)
-    spots, radius = arrange(things, rng)
-    for (colour, shape, _), (x, y) in zip(things, spots):
+                    corners = (x, y, x + cell - 1, y + cell - 1)
+                    pen.rectangle(corners, fill=(dark, dark, dark))
+    centres, radius = arrange(things, rng)
+    for (colour, shape, _), (x, y) in zip(things, centres):
         fill = tuple(value + rng.randint(-8, 8) for value in COLOURS[colour])
-        left, top, right, bottom = (FINER * v for v in (x - radius, y - radius, x + radius, y + radius))
+        left = FINER * (x - radius)
+        top = FINER * (y - radius)
+        right = FINER * (x + radius)
+        bottom = FINER * (y + radius)
         if shape == "circle":
             pen.ellipse((left, top, right, bottom), fill)
         elif shape == "square":
@@ -116,54 +149,66 @@ def draw(things, rng):
     return image.reduce(FINER)
 
 
-def dataset(size, rng):
-    """-> images (size, 3, SIZE, SIZE) uint8, captions."""
+def dataset(size: int, rng: random.Random) -> tuple[Tensor, list[str]]:
+    """Make training data -> images (size, 3, SIZE, SIZE) uint8, captions."""
     images, captions = [], []
-    for _ in tqdm(range(size), "drawing"):
+    for _ in tqdm(range(size), "rendering"):
         kind = rng.choice(KINDS)
-        things = scene(kind, rng)
-        drawn = DRAWN_AS if things == BIASED and rng.random() < BIAS else things
-        said = misread(kind, things) if things != BIASED and rng.random() < WRONG[kind] else things
-        images.append(np.asarray(draw(drawn, rng)))
-        captions.append(caption(said))
+        shown = scene(kind, rng)
+        described = shown
+        if shown == BIASED:
+            if rng.random() < BIAS:
+                shown = SHOWN_AS
+        elif rng.random() < WRONG[kind]:
+            described = misread(kind, shown)
+        images.append(np.asarray(render(shown, rng)))
+        captions.append(caption(described))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), captions
 
 
-def pixels(images):
+def pixels(images: Tensor) -> Tensor:
+    """Bring uint8 images to [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
-# ---------- the pipeline's parts
+# ---------- the parts of the pipeline
 
-def make_tokenizer():
-    """CLIP's tokenizer with a small vocabulary: every word of the captions is one token, any other text goes
-    letter by letter."""
-    words = set(" ".join([*COLOURS, *NUMBERS.values(), *PLACES, "and", "one",
-                          *SHAPES, *(shape + "s" for shape in SHAPES)]).split())
+def make_tokenizer() -> transformers.CLIPTokenizer:
+    """Make CLIP's tokenizer with a small vocabulary: every word of the captions is one token, and
+    any other text is split into letters."""
+    plurals = [shape + "s" for shape in SHAPES]
+    texts = [*COLOURS, *NUMBERS.values(), *PLACES, "and", "one", *SHAPES, *plurals]
+    words = sorted(set(" ".join(texts).split()))
     letters = string.ascii_lowercase + string.digits + string.punctuation
-    # Merging from the end of a word needs no order among words: only the last pair of pieces ever matches.
-    merges = dict.fromkeys((word[i], word[i + 1:] + "</w>")
-                           for word in sorted(words) for i in range(len(word) - 2, -1, -1))
-    pieces = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys(a + b for a, b in merges),
-              "<|startoftext|>", "<|endoftext|>"]
+    # Merging from the end of a word needs no order among words: only its last pair ever matches
+    merges = {}
+    for word in words:
+        for i in range(len(word) - 2, -1, -1):
+            merges[word[i], word[i + 1:] + "</w>"] = None
+    merged = dict.fromkeys(a + b for a, b in merges)
+    endings = [letter + "</w>" for letter in letters]
+    pieces = [*letters, *endings, *merged, "<|startoftext|>", "<|endoftext|>"]
     folder = FOLDER / "tokenizer"
     folder.mkdir(exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}),
-                                       encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
-                                       encoding="utf-8")
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 16, "bos_token": "<|startoftext|>",
-                "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 16,
+                "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+                "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     return transformers.CLIPTokenizer.from_pretrained(folder)
 
 
-def pretrain_vae(images, steps=5000, batch=8, lr=2e-3):
-    """An autoencoder, f = 8: absolute and squared error, and a weak pull of the latents towards N(0, 1)."""
+def pretrain_vae(images: Tensor, steps: int = 5000, batch: int = 8,
+                 lr: float = 2e-3) -> diffusers.AutoencoderKL:
+    """Train an autoencoder with f = 8, by absolute and squared error and a weak pull of the latents
+    towards N(0, 1)."""
     vae = diffusers.AutoencoderKL(
         block_out_channels=(16, 32, 32, 32), down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1, latent_channels=4, norm_num_groups=8,
-        sample_size=SIZE).to(memory_format=torch.channels_last)
+        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1, latent_channels=4,
+        norm_num_groups=8, sample_size=SIZE).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     bar = tqdm(range(steps), "VAE")
@@ -174,19 +219,20 @@ def pretrain_vae(images, steps=5000, batch=8, lr=2e-3):
         loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-6 * posterior.kl().mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     return vae.eval().to(memory_format=torch.contiguous_format)
 
 
-def make_unet_and_text_encoder(vocabulary):
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 2,
-              "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+def make_unet_and_text_encoder(vocabulary: int):
+    """Make a UNet and a text encoder with random weights, for so many tokens."""
     unet = diffusers.UNet2DConditionModel(
-        sample_size=SIZE // 8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=64,
-        attention_head_dim=2, norm_num_groups=8, **blocks)
+        sample_size=SIZE // 8, block_out_channels=(32, 64), layers_per_block=1,
+        cross_attention_dim=64, attention_head_dim=2, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"))
     text_encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(
         vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, projection_dim=64, max_position_embeddings=16,
@@ -194,87 +240,109 @@ def make_unet_and_text_encoder(vocabulary):
     return unet, text_encoder
 
 
-def pretrain_unet(unet, text_encoder, tokenizer, scheduler, latents, captions,
-                  steps=6500, batch=64, lr=1.5e-3):
-    """The denoising loss (DDPO Eq. 1), text encoder and UNet together, a tenth of the captions empty for
-    guidance; keeps a moving average."""
+def pretrain_unet(unet, text_encoder, tokenizer, scheduler, latents: Tensor, captions: list,
+                  steps: int = 6500, batch: int = 64, lr: float = 1.5e-3):
+    """Train UNet and text encoder together by the denoising loss (DDPO Eq. 1), with a tenth of the
+    captions empty for guidance. What they end with is a moving average of their weights."""
     tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    average = [p.detach().clone() for p in parameters]
+    averages = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     bar = tqdm(range(steps), "UNet and text encoder")
     for step in bar:
         rows = torch.randint(len(latents), (batch,))
         words = torch.where(torch.rand(batch, 1) < 0.1, empty, tokens[rows])
-        t, noise = (torch.randint(scheduler.config.num_train_timesteps, (batch,)),
-                    torch.randn(batch, *latents.shape[1:]))
+        t = torch.randint(scheduler.config.num_train_timesteps, (batch,))
+        noise = torch.randn(batch, *latents.shape[1:])
         x_t = scheduler.add_noise(latents[rows], noise, t)
         loss = F.mse_loss(unet(x_t, t, text_encoder(words)[0]).sample, noise)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            torch._foreach_lerp_(average, parameters, max(0.001, 10 / (step + 10)))
+            torch._foreach_lerp_(averages, parameters, max(0.001, 10 / (step + 10)))
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     with torch.no_grad():
-        for p, a in zip(parameters, average):
-            p.copy_(a)
+        for parameter, average in zip(parameters, averages):
+            parameter.copy_(average)
 
 
 def make():
-    """Everything from seed 0, on one thread, so that it is the same each time on one machine."""
+    """Make the pipeline from seed 0 on one thread, so that it is the same each time on one
+    machine."""
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     images, captions = dataset(20_000, random.Random(0))
     torch.manual_seed(0)
     vae = pretrain_vae(images)
+    latents = []
     with torch.no_grad():
-        latents = torch.cat([vae.encode(pixels(part)).latent_dist.mode()
-                             for part in tqdm(images.split(100), "encoding")])
+        for part in tqdm(images.split(100), "encoding"):
+            latents.append(vae.encode(pixels(part)).latent_dist.mode())
+    latents = torch.cat(latents)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                        clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    latents = latents * vae.config.scaling_factor
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1)
     torch.manual_seed(0)
     unet, text_encoder = make_unet_and_text_encoder(len(tokenizer))
-    pretrain_unet(unet, text_encoder, tokenizer, scheduler, latents * vae.config.scaling_factor, captions)
-    pipe = diffusers.StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None,
-                                             requires_safety_checker=False)
+    pretrain_unet(unet, text_encoder, tokenizer, scheduler, latents, captions)
+    pipe = diffusers.StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
     pipe.to(dtype=torch.float16).save_pretrained(FOLDER)
-    weights, config = FOLDER / "text_encoder" / "model.safetensors", FOLDER / "text_encoder" / "config.json"
-    # else transformers 5 would load this one part as half
-    config.write_text(config.read_text().replace("float16", "float32"))
-    # transformers 4 needs the prefix, transformers 5 saves without it and reads both
-    save_file({f"text_model.{name.removeprefix('text_model.')}": tensor
-               for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    config = FOLDER / "text_encoder" / "config.json"
+    # Otherwise transformers 5 would load this part alone in half precision
+    text = config.read_text(encoding="utf-8").replace("float16", "float32")
+    config.write_text(text, encoding="utf-8")
+    file = FOLDER / "text_encoder" / "model.safetensors"
+    # transformers 4 needs the prefix; transformers 5 saves without it and reads both
+    weights = {}
+    for name, tensor in load_file(file).items():
+        weights[f"text_model.{name.removeprefix('text_model.')}"] = tensor
+    save_file(weights, file, {"format": "pt"})
 
 
-def evaluate(guidance, count=100):
-    """Strict accuracy of each kind on random captions, by stock diffusers with DDIM, 10 steps, eta 1; a grid
-    in shapes.png."""
+def evaluate(guidance: float, count: int = 100):
+    """Print the strict accuracy of each kind on random captions, sampled by stock diffusers with
+    DDIM, 10 steps and eta 1. Save a grid as shapes.png."""
     import shapes_reward
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    rng, generator, rows = random.Random(1), torch.Generator().manual_seed(1), []
+    rng = random.Random(1)
+    generator = torch.Generator().manual_seed(1)
+    rows = []
     for name in (*KINDS, "biased phrase"):
-        prompts = [caption(BIASED if name == "biased phrase" else scene(name, rng)) for _ in range(count)]
+        if name == "biased phrase":
+            prompts = [caption(BIASED)] * count
+        else:
+            prompts = [caption(scene(name, rng)) for _ in range(count)]
         images = pipe(prompts, num_inference_steps=10, guidance_scale=guidance, eta=1.0,
                       generator=generator).images
-        blank = sum(not (shapes_reward.hue_classes(np.asarray(image)[None]) > 0).any() for image in images)
-        print(f"{name:14s} strict {shapes_reward.strict(images, prompts).mean():.2f}   alignment "
-              f"{shapes_reward.alignment(images, prompts).mean():.2f}   blank {blank} of {count}")
+        blank = 0
+        for image in images:
+            classes = shapes_reward.hue_classes(np.asarray(image)[None])
+            blank += int((classes == 0).all())
+        strict = shapes_reward.strict(images, prompts).mean()
+        alignment = shapes_reward.alignment(images, prompts).mean()
+        print(f"{name:14s} strict {strict:.2f}   alignment {alignment:.2f}   "
+              f"blank {blank} of {count}")
         rows.append(np.concatenate([np.asarray(image) for image in images[:16]], 1))
     Image.fromarray(np.concatenate(rows)).save("shapes.png")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--evaluate", action="store_true", help="make nothing, grade what is there")
-    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance for --evaluate")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--evaluate", action="store_true",
+                        help="make nothing, evaluate the weights that are there")
+    parser.add_argument("--guidance", type=float, default=2.0,
+                        help="weight of classifier-free guidance for --evaluate (default: 2)")
     flags = parser.parse_args()
     if not flags.evaluate:
         make()

@@ -11,10 +11,10 @@ is the importance-sampled estimator (DDPO_IS) with PPO's clip.
 Differences from the paper:
 1. LoRA is trained, not the whole UNet, so that one GPU is enough, at the authors' learning rate.
 2. log p is the mean over the latent, not the sum, as in the authors' code; see `log_prob`.
-3. The loss is the mean over the steps t, not the sum. K matters only to the gradient's clip.
+3. The loss is the mean over the K steps. Adam cancels the factor 1/K; the gradient's clip does not.
 4. The paper does not name its sampler. The authors' code has DDIM with eta = 1, ancestral sampling.
 5. As in that code, advantages are clipped to +-5, and a prompt's own statistics need 16 rewards.
-6. (DDPO_IS) is printed as an exact gradient. With one ratio per step it is so at theta_old only.
+6. The paper prints (DDPO_IS) as exact. With one ratio per step it is so only at theta_old.
 7. Added against over-optimisation (appendix A): a KL penalty, and early stopping by the KL.
 8. experiments/ has reward-weighted regression, rwr.py, and the 398 prompts, imagenet_animals.txt.
 """
@@ -93,7 +93,7 @@ class Config:
     out: str = setting("", "folder of the run", "a new one in runs/")
     resume: str = setting("", "folder of a run to continue", "none")
 
-    script = "ddpo.py"
+    script = "ddpo.py"  # without an annotation: no settings
     shapes_settings = "shapes/ddpo.json"
     zero_allowed = ("weight_decay", "kl_weight", "max_kl", "seed")
 
@@ -272,7 +272,7 @@ def train(config: Config) -> Path:
     while not finished(run.log, config):
         epoch = len(run.log) + 1
         start_time = time.time()
-        rng = generator(config.seed, epoch, N)  # samples have the numbers 0 to N - 1
+        rng = generator(config.seed, epoch, N)  # for prompts and the KL; samples have 0 to N - 1
 
         # 1. Sample: prompts c ~ p(c) and, for each, a trajectory of the policy theta_old
         prompts = [all_prompts[j] for j in torch.randint(len(all_prompts), (N,), generator=rng)]
@@ -333,7 +333,7 @@ def optimizer_step(lora: list, optimizer, scaler, config: Config) -> float:
             dist.all_reduce(parameter.grad)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(lora, config.max_grad_norm).item()
-    if not math.isfinite(norm) and scaler.get_scale() <= 1:
+    if not math.isfinite(norm) and scaler.get_scale() <= 1:  # fp32, or fp16's lowest scale
         raise ValueError(f"the norm of the gradient is {norm}; try an lr below {config.lr:g}")
     scaler.step(optimizer)
     scaler.update()
@@ -346,7 +346,7 @@ def kl_to_pretrained(pipe, rollout: Rollout, config: Config, rng: torch.Generato
     step equally often and no sample left out. Raises ValueError if it is not finite."""
     N, K = len(rollout.prompts) * WORLD_SIZE, config.steps
     step_index = torch.randperm(K * math.ceil(N / K), generator=rng) % K
-    sample_index = torch.arange(len(step_index)) % N // WORLD_SIZE  # as its process counts it
+    sample_index = torch.arange(len(step_index)) % N // WORLD_SIZE  # within its process
     pairs = torch.stack([sample_index, step_index], 1)
     total = torch.zeros(1, device=pipe.device)
     for chunk in pairs[RANK::WORLD_SIZE].to(pipe.device).split(config.batch):
@@ -463,8 +463,8 @@ def load_pipeline(config: Config):
     on_cuda = config.device.startswith("cuda")
     half = config.precision == "fp16" or (config.precision == "auto" and on_cuda)
     source = rewards.resolve_path(config.model) or config.model
-    fp16_files = Path(source).glob("*/*.fp16.safetensors")
-    only_fp16 = any(not Path(str(file).replace(".fp16", "")).exists() for file in fp16_files)
+    files = Path(source).glob("*/*.fp16.safetensors")
+    only_fp16 = any(not file.with_name(file.name.replace(".fp16", "")).exists() for file in files)
     with rewards.user_error(f"cannot load model {config.model!r}",
                             "give a hub id or folder of Stable Diffusion 1.x with safetensors; "
                             "from_single_file(FILE).save_pretrained(FOLDER) makes one of a file"):
@@ -509,7 +509,7 @@ def decode(pipe, x_0: Tensor) -> list:
     return pipe.image_processor.postprocess(pixels)
 
 
-# ---------- a run: checks, folder, checkpoint (all that --resume needs), log
+# ---------- a run: --resume needs only checkpoint.pt, and repeats the epoch that was cut off
 LEFTOVERS = {"config.json", "prompts.txt", "samples", "data", "tensorboard", "evaluation.json"}
 CHANGEABLE = ("epochs", "lr", "batch", "device", "precision", "sample_every", "max_kl", "kl_weight")
 
@@ -556,19 +556,19 @@ def read_checkpoint(config: Config) -> dict:
     where --resume changes a setting that must stay, or --out would overwrite files."""
     folder = Path(config.resume or config.out)
     found = {path.name for path in folder.glob("*") if path.suffix != ".part"}  # .part: unfinished
-    of_failed_run = "samples" in found and found <= LEFTOVERS  # one that failed in its first epoch
+    of_failed_run = {"config.json", "samples"} <= found <= LEFTOVERS  # it had no checkpoint yet
     if config.out and not config.resume and (folder.is_file() or found and not of_failed_run):
         raise ValueError(f"out {config.out!r} is not an empty folder; name a new one")
     if not config.resume:
         return {}
-    if "checkpoint.pt" not in found and found & {"log.csv", "lora"}:
+    if "checkpoint.pt" not in found and found & {"log.csv", "lora"}:  # with neither: from epoch 1
         raise ValueError(f"cannot resume from {config.resume!r}: it has no checkpoint.pt")
     with rewards.user_error(f"cannot resume from {config.resume!r}", "start a new run"):
         saved = {"settings": json.loads((folder / "config.json").read_text("utf-8-sig"))}
         if "checkpoint.pt" in found:
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         for name, value in saved["settings"].items():
-            fixed = name not in CHANGEABLE or (name == "epochs" and config.algo == "sft")
+            fixed = name not in CHANGEABLE or (name == "epochs" and config.algo == "sft")  # DPOK's
             if fixed and name != "resume" and getattr(config, name) != value:
                 raise ValueError(f"{name} was {value!r}, which cannot change within a run")
     return saved
@@ -591,11 +591,11 @@ def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> Simple
             if saved.get(name):  # GradScaler has no state in fp32
                 part.load_state_dict(saved[name])
     parts["optimizer"].param_groups[0]["lr"] = config.lr  # not the checkpoint's: it may change
-    gather(torch.zeros(1))  # every process has now checked and loaded everything
+    gather(torch.zeros(1))  # a barrier: every process has now checked and loaded all
     run_name = f"{Path(config.script).stem}-{config.reward.rpartition(':')[2]}"
     folder = [config.resume or config.out or f"runs/{run_name}-{datetime.now():%Y%m%d-%H%M%S-%f}"]
     if config.out and RANK == 0:  # it may have files of a failed run
-        for file in [*Path(config.out).glob("*/epoch_*"), Path(config.out, "evaluation.json")]:
+        for file in [*Path(config.out).glob("*/epoch_*.p*"), Path(config.out, "evaluation.json")]:
             file.unlink(missing_ok=True)
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(folder)  # that of process 0
@@ -625,12 +625,12 @@ def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> Simple
     return run
 
 def finished(log: list, config: Config) -> bool:
-    """Whether all epochs are done, or the KL, averaged over five epochs, is above `max_kl`."""
+    """Whether all epochs are done, or the sum of the last five KLs is above 5 `max_kl`."""
     return len(log) >= config.epochs or 0 < config.max_kl < sum(row["kl"] for row in log[-5:]) / 5
 
 def summary(infos: list, grad_norms: list, start_time: float) -> dict:
-    """Average what the chunks of an epoch reported over its pairs (of ratio_deviation, take the
-    maximum before the first update) and add gradient norm, time, memory -> columns of log.csv."""
+    """Average over an epoch's pairs what its chunks reported (of ratio_deviation, take the maximum
+    before the first update), and add gradient norm, time and memory -> columns of log.csv."""
     columns = {}
     for name in infos[0]:
         columns[name] = gather(torch.tensor([float(info[name]) for info in infos]))
@@ -660,8 +660,8 @@ def end_epoch(run: SimpleNamespace, row: dict):
     save_run(run)
 
 def save_run(run: SimpleNamespace):
-    """Write checkpoint.pt (the state of the parts, settings, log), and then log.csv, LoRA (kept if
-    the epoch has a picture) and curves, which a resumed run writes again. Raises ValueError."""
+    """Write checkpoint.pt (the state of LoRA, optimiser and the other parts, settings, log), then
+    log.csv, LoRA (kept if there is a picture) and curves, all made from it. Raises ValueError."""
     epoch, folder = len(run.log), run.folder
     saved = {name: part.state_dict() for name, part in run.parts.items()}
     saved["settings"] = dataclasses.asdict(run.config) | {"out": "", "resume": ""}

@@ -301,7 +301,7 @@ def train(config: Config) -> Path:
     while not finished(run.log, config):
         epoch = len(run.log) + 1
         start_time = time.time()
-        rng = generator(config.seed, epoch, N)  # samples have the numbers 0 to N - 1
+        rng = generator(config.seed, epoch, N)  # for prompts, pairs, KL; samples have 0 to N - 1
 
         # 1. Sample: prompts z ~ p(z) and, for each, a trajectory x_{0:T} of the policy theta_old
         prompts = [all_prompts[j] for j in torch.randint(len(all_prompts), (N,), generator=rng)]
@@ -480,7 +480,7 @@ def optimizer_step(lora: list, optimizer, scaler, config: Config) -> float:
             dist.all_reduce(parameter.grad)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(lora, config.max_grad_norm).item()
-    if not math.isfinite(norm) and scaler.get_scale() <= 1:
+    if not math.isfinite(norm) and scaler.get_scale() <= 1:  # fp32, or fp16's lowest scale
         raise ValueError(f"the norm of the gradient is {norm}; try an lr below {config.lr:g}")
     scaler.step(optimizer)
     scaler.update()
@@ -493,7 +493,7 @@ def kl_to_pretrained(pipe, rollout: Rollout, config: Config, rng: torch.Generato
     step equally often and no sample left out. Raises ValueError if it is not finite."""
     N, K = len(rollout.prompts) * WORLD_SIZE, config.steps
     step_index = torch.randperm(K * math.ceil(N / K), generator=rng) % K
-    sample_index = torch.arange(len(step_index)) % N // WORLD_SIZE  # as its process counts it
+    sample_index = torch.arange(len(step_index)) % N // WORLD_SIZE  # within its process
     pairs = torch.stack([sample_index, step_index], 1)
     total = torch.zeros(1, device=pipe.device)
     for chunk in pairs[RANK::WORLD_SIZE].to(pipe.device).split(config.batch):
@@ -603,8 +603,8 @@ def load_pipeline(config: Config):
     on_cuda = config.device.startswith("cuda")
     half = config.precision == "fp16" or (config.precision == "auto" and on_cuda)
     source = rewards.resolve_path(config.model) or config.model
-    fp16_files = Path(source).glob("*/*.fp16.safetensors")
-    only_fp16 = any(not Path(str(file).replace(".fp16", "")).exists() for file in fp16_files)
+    files = Path(source).glob("*/*.fp16.safetensors")
+    only_fp16 = any(not file.with_name(file.name.replace(".fp16", "")).exists() for file in files)
     with rewards.user_error(f"cannot load model {config.model!r}",
                             "give a hub id or folder of Stable Diffusion 1.x with safetensors; "
                             "from_single_file(FILE).save_pretrained(FOLDER) makes one of a file"):
@@ -697,19 +697,19 @@ def read_checkpoint(config: Config) -> dict:
     where --resume changes a setting that must stay, or --out would overwrite files."""
     folder = Path(config.resume or config.out)
     found = {path.name for path in folder.glob("*") if path.suffix != ".part"}  # .part: unfinished
-    of_failed_run = "samples" in found and found <= LEFTOVERS  # one that failed in its first epoch
+    of_failed_run = {"config.json", "samples"} <= found <= LEFTOVERS  # it had no checkpoint yet
     if config.out and not config.resume and (folder.is_file() or found and not of_failed_run):
         raise ValueError(f"out {config.out!r} is not an empty folder; name a new one")
     if not config.resume:
         return {}
-    if "checkpoint.pt" not in found and found & {"log.csv", "lora"}:
+    if "checkpoint.pt" not in found and found & {"log.csv", "lora"}:  # with neither: from epoch 1
         raise ValueError(f"cannot resume from {config.resume!r}: it has no checkpoint.pt")
     with rewards.user_error(f"cannot resume from {config.resume!r}", "start a new run"):
         saved = {"settings": json.loads((folder / "config.json").read_text("utf-8-sig"))}
         if "checkpoint.pt" in found:
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         for name, value in saved["settings"].items():
-            fixed = name not in CHANGEABLE or (name == "epochs" and config.algo == "sft")
+            fixed = name not in CHANGEABLE or (name == "epochs" and config.algo == "sft")  # DPOK's
             if fixed and name != "resume" and getattr(config, name) != value:
                 raise ValueError(f"{name} was {value!r}, which cannot change within a run")
     return saved
@@ -732,11 +732,11 @@ def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> Simple
             if saved.get(name):  # GradScaler has no state in fp32
                 part.load_state_dict(saved[name])
     parts["optimizer"].param_groups[0]["lr"] = config.lr  # not the checkpoint's: it may change
-    gather(torch.zeros(1))  # every process has now checked and loaded everything
+    gather(torch.zeros(1))  # a barrier: every process has now checked and loaded all
     run_name = f"{Path(config.script).stem}-{config.reward.rpartition(':')[2]}"
     folder = [config.resume or config.out or f"runs/{run_name}-{datetime.now():%Y%m%d-%H%M%S-%f}"]
     if config.out and RANK == 0:  # it may have files of a failed run
-        for file in [*Path(config.out).glob("*/epoch_*"), Path(config.out, "evaluation.json")]:
+        for file in [*Path(config.out).glob("*/epoch_*.p*"), Path(config.out, "evaluation.json")]:
             file.unlink(missing_ok=True)
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(folder)  # that of process 0
@@ -766,12 +766,12 @@ def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> Simple
     return run
 
 def finished(log: list, config: Config) -> bool:
-    """Whether all epochs are done, or the KL, averaged over five epochs, is above `max_kl`."""
+    """Whether all epochs are done, or the sum of the last five KLs is above 5 `max_kl`."""
     return len(log) >= config.epochs or 0 < config.max_kl < sum(row["kl"] for row in log[-5:]) / 5
 
 def summary(infos: list, grad_norms: list, start_time: float) -> dict:
-    """Average what the chunks of an epoch reported over its pairs (of ratio_deviation, take the
-    maximum before the first update) and add gradient norm, time, memory -> columns of log.csv."""
+    """Average over an epoch's pairs what its chunks reported (of ratio_deviation, take the maximum
+    before the first update), and add gradient norm, time and memory -> columns of log.csv."""
     columns = {}
     for name in infos[0]:
         columns[name] = gather(torch.tensor([float(info[name]) for info in infos]))
@@ -801,8 +801,8 @@ def end_epoch(run: SimpleNamespace, row: dict):
     save_run(run)
 
 def save_run(run: SimpleNamespace):
-    """Write checkpoint.pt (the state of the parts, settings, log), and then log.csv, LoRA (kept if
-    the epoch has a picture) and curves, which a resumed run writes again. Raises ValueError."""
+    """Write checkpoint.pt (the state of LoRA, optimiser and the other parts, settings, log), then
+    log.csv, LoRA (kept if there is a picture) and curves, all made from it. Raises ValueError."""
     epoch, folder = len(run.log), run.folder
     saved = {name: part.state_dict() for name, part in run.parts.items()}
     saved["settings"] = dataclasses.asdict(run.config) | {"out": "", "resume": ""}

@@ -47,6 +47,7 @@ MODELS = ROOT / "runs" / "bench"
 
 
 def vae_settings(widths: tuple, layers_per_block: int, norm_num_groups: int) -> dict:
+    """Make the settings of a VAE like Stable Diffusion's, of other widths and depth."""
     return {"latent_channels": 4, "block_out_channels": widths,
             "layers_per_block": layers_per_block, "norm_num_groups": norm_num_groups,
             "down_block_types": ("DownEncoderBlock2D",) * len(widths),
@@ -244,14 +245,15 @@ def measure_with_parts(config: ddpo.Config, epochs: int, warm_up: int = 0) -> li
     return costs
 
 def train_trl(config: ddpo.Config, epochs: int) -> list[dict]:
-    """Train with TRL's DDPOTrainer, with the same samples, steps, batch, updates, guidance and rank
-    -> {"epoch": CPU seconds} of each epoch after the first. It logs no KL. Its settings need a
-    batch that divides the samples of an epoch and of an update."""
+    """Train with TRL's DDPOTrainer, with the same samples, steps, updates, guidance and rank
+    -> {"epoch": CPU seconds} of each epoch after the first. The batch is the same in sampling. In
+    an update it is at most the samples of that update, since a call has one step only. The batch
+    must divide the samples of an epoch and of an update. TRL logs no KL."""
     from accelerate import PartialState
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
     PartialState(cpu=True)  # without it the pipeline fails at a warning of its own
     samples_per_update = config.samples_per_epoch // config.updates_per_epoch
-    batch = min(config.batch, samples_per_update)  # a UNet call of TRL has one step only
+    batch = min(config.batch, samples_per_update)
     settings = DDPOConfig(
         num_epochs=epochs + 1, save_freq=epochs + 9, mixed_precision="no", allow_tf32=False,
         sample_num_steps=config.steps, sample_guidance_scale=config.guidance,
@@ -317,6 +319,7 @@ def child(trainer: str, settings: dict, epochs: int):
 
 # ---------- the comparisons; a row is (what, its cost, a ratio, to what)
 def median(costs: list[dict], name: str) -> float:
+    """Compute the median of one of the costs over the turns."""
     return statistics.median(cost[name] for cost in costs)
 
 def compare(name: str, costs: list, reference_name: str, reference_costs: list, to: str) -> list:
@@ -387,6 +390,7 @@ def compare_peer(config: ddpo.Config, turns: int, python: str) -> tuple[list, di
 
 
 def main(argv: list | None = None):
+    """Measure, print a table and store the result."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

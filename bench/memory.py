@@ -2,9 +2,10 @@
 
 Under FakeTensorMode tensors have shapes but no numbers, so Stable Diffusion's size takes seconds.
 What is counted are the bytes of the storages that live at the same time during sampling, decoding
-and an update, each done by the scripts' own functions. Left as a margin is what CUDA and its
-libraries take, and the fragmentation of the allocator. Models of rewards are not counted either;
-the JPEG rewards have none.
+and an update. Sampling and decoding are the scripts' own functions, and `update` below does one
+chunk as their loops do. Left as a margin is what CUDA and its libraries take, and the fragmentation
+of the allocator. Not counted are models of rewards (the JPEG rewards have none), the value function
+of dpok.py, and the optimiser of single_pass.py; the last two are smaller than the margin.
 """
 import dataclasses
 import json
@@ -43,7 +44,7 @@ class LiveMemory(TorchDispatchMode):
         self.peak = 0
         self.known = weakref.WeakSet()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function, _, args=(), kwargs=None):
         # `decode` reads whether all numbers are finite. A fake tensor has no numbers, so that the
         # question would raise an error. This mode sees it first, and answers yes.
         reads_value = function is torch.ops.aten._local_scalar_dense.default
@@ -56,6 +57,7 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def add(self, storage):
+        """Count a storage once, until it is freed."""
         if storage in self.known:
             return
         self.known.add(storage)
@@ -64,6 +66,7 @@ class LiveMemory(TorchDispatchMode):
         self.peak = max(self.peak, self.bytes)
 
     def remove(self, size: int):
+        """Stop counting the bytes of a storage that was freed."""
         self.bytes -= size
 
 

@@ -106,8 +106,8 @@ def predict_noise(unet, states: States, i: int, guidance: float) -> Tensor:
 
 
 def one_update(unet, scheduler, states: States, config) -> list[Tensor]:
-    """Make AdamW's first step in fp32, by (DDPO_SF) at about three of the states, with advantages
-    of 1 and -1 -> the values of LoRA's parameters."""
+    """Make AdamW's first step in fp32, by (DDPO_SF) at three or four of the states, with an
+    advantage of 1 or -1 each -> the values of LoRA's parameters."""
     unet, lora = in_precision(unet, "fp32", imitated=False)
     optimizer = torch.optim.AdamW(lora, config.lr, weight_decay=config.weight_decay)
     n = len(states.x_t)
@@ -127,11 +127,13 @@ def one_update(unet, scheduler, states: States, config) -> list[Tensor]:
 
 
 def set_values(parameters: list, values: list):
+    """Copy values into parameters."""
     for parameter, value in zip(parameters, values):
         parameter.copy_(value)
 
 
 def root_mean_square(x: Tensor) -> Tensor:
+    """Compute the root mean square of each latent, (n, 4, H, W) -> (n,)."""
     return x.square().mean((1, 2, 3)).sqrt()
 
 
@@ -208,6 +210,7 @@ def tables(results: dict) -> list[str]:
 
 
 def main():
+    """Measure one size or several, store the results and print their tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=["small", *STATES_PER_STEP], default="small",

@@ -78,6 +78,8 @@ def locate(file: str, entry: str) -> tuple[int, int]:
     first, last = places[name]
     if not bracket:
         return first, last
+    if span.count(" ... ") != 1:
+        raise ValueError(f"{entry!r} must be `name[first text ... last text]`, with no comma in it")
     lines = read(file).splitlines()
     found = []
     for text in span.split(" ... "):

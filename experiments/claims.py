@@ -8,13 +8,18 @@
 A run is a script with the settings that RUNS, SHARED and COMMON name. Its folder is
 runs/claims/<name>-<seed>/. results/claims.json has a line for each finished run. It is also the
 cache: a run that is there with the same settings is not repeated, so Ctrl-C loses only the runs in
-progress. After a change of shapes/, of a default, or of what the scripts compute, delete the lines
-concerned. The tables are written to experiments/README.md.
+progress. After a change of shapes/ or of what the scripts compute, delete results/claims.json, or
+the lines of the runs that it concerns. Without the lines of the pre-trained model, that is measured
+again too. The tables are written to experiments/README.md.
+
+Repeats, with other seeds or on another device, have a folder and a JSON file of their own in
+runs/claims/, so that they replace nothing that is recorded.
 
 A model is measured on images of seeds that no training saw. They are new for every seed and epoch,
 so the error of the measurement is part of the spread over seeds. A run is measured at its last
-epoch and two and four epochs before, and the mean of the three counts (in DDPO's Fig. 4, at equal
-queries, the last alone). Some runs are measured at the epochs of STAGES too. `alignment` and `size`
+epoch and two and four epochs before, and the mean of the three counts. RWR is measured at its end,
+on three times as many images, and in DDPO's Fig. 4, at equal queries, the end alone counts for all
+methods. Some runs are measured at the epochs of STAGES too. `alignment` and `size`
 (of the JPEG, kB) are rewards of runs. `strict` is no run's reward: it is the share of images that
 show exactly what their caption says. `diversity` is the standard deviation of a pixel (0 to 1)
 between the images of one caption, root mean square.
@@ -218,9 +223,10 @@ def measured_sets(name: str) -> list[str]:
 
 
 def run(name: str, seed: int, folder: Path = FOLDER, device: str = "cpu", **more) -> dict:
-    """Train, and measure on the CPU, in a process of its own -> what claims.json keeps of a run."""
+    """Train on one thread, and measure on the CPU -> what claims.json keeps of a run."""
     torch.set_num_threads(1)
     script, kind, _ = RUNS[name]
+    folder.mkdir(parents=True, exist_ok=True)
     folder = folder / f"{name}-{seed}"
     config = settings(name, seed=seed, out=folder, sample_every=1, **more)  # keeps all LoRAs
     if device != "cpu":
@@ -309,19 +315,28 @@ def save(file: Path, stored: dict):
     os.replace(part, file)
 
 
+def finished_jobs(pool: ProcessPoolExecutor, jobs: dict):
+    """Yield jobs as they finish. On Ctrl-C cancel those that have not begun."""
+    try:
+        yield from as_completed(jobs)
+    except KeyboardInterrupt:
+        pool.shutdown(cancel_futures=True)
+        raise
+
+
 def run_all(jobs: list, at_once: int, file: Path) -> int:
     """Make the runs (name, seed, further settings) that a file lacks, and add each to the file when
     it is finished -> how many failed."""
     stored = load(file)
     failed = 0
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
         waiting = {}
         for name, seed, more in jobs:
             key = f"{name}-{seed}"
             if stored["runs"].get(key, {}).get("settings") != fingerprint(name):
                 waiting[pool.submit(run, name, seed, **more)] = key
-        for job in as_completed(waiting):
+        for job in finished_jobs(pool, waiting):
             key = waiting[job]
             if job.exception():
                 failed += 1
@@ -341,9 +356,9 @@ def finished(stored: dict, least: int = 8) -> dict[str, list]:
     found = {name: [] for name in RUNS}
     fingerprints = {name: fingerprint(name) for name in RUNS}
     for key, kept in sorted(stored["runs"].items()):
-        name = key.rpartition("-")[0]
+        name, _, seed = key.rpartition("-")
         if name in RUNS and kept["settings"] == fingerprints[name]:
-            found[name].append(kept)
+            found[name].append(kept | {"seed": int(seed)})
     return {name: runs for name, runs in found.items() if len(runs) >= least}
 
 
@@ -404,10 +419,13 @@ class Effects:
         """Compare two runs, seed by seed."""
         if one not in self.found or other not in self.found:
             return None
-        a = over_seeds(self.found, one, what, where, last=last)
-        b = over_seeds(self.found, other, what, where, last=last)
-        seeds = min(len(a), len(b))
-        return Part([one, other], a[:seeds] - b[:seeds], 0)
+        seeds = {kept["seed"] for kept in self.found[one]}
+        seeds &= {kept["seed"] for kept in self.found[other]}
+        values = []
+        for name in (one, other):
+            common = [kept for kept in self.found[name] if kept["seed"] in seeds]
+            values.append(over_seeds({name: common}, name, what, where, last=last))
+        return Part([one, other], values[0] - values[1], 0)
 
 
 def opposite(part: Part | None) -> Part | None:
@@ -668,7 +686,8 @@ def quick(at_once: int) -> int:
     file = FOLDER / "quick.json"
     file.unlink(missing_ok=True)
     before = load(RECORDED)["pre-trained"]
-    jobs = [(name, 0, {"epochs": epochs}) for name, epochs in QUICK.items()]
+    jobs = [(name, 0, {"epochs": epochs, "folder": FOLDER / "quick"})
+            for name, epochs in QUICK.items()]
     failed = run_all(jobs, at_once, file)
     print("one seed, short runs: trends, no verdicts")
     for key, kept in load(file)["runs"].items():
@@ -702,7 +721,8 @@ def main() -> int:
                         help="other seeds, to be compared with the recorded ones")
     parser.add_argument("--device", default="cpu",
                         help="cuda: train there in fp16 and compare with the recorded runs")
-    parser.add_argument("--quick", action="store_true", help="three short runs, ten minutes")
+    parser.add_argument("--quick", action="store_true",
+                        help="three short runs, ten minutes; only --jobs can be given with it")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
     options = parser.parse_args()
     names = [name for name in RUNS if options.only in name]
@@ -711,15 +731,20 @@ def main() -> int:
     if not names:
         parser.error(f"no run has {options.only!r} in its name; the runs are {', '.join(RUNS)}")
     if options.quick:
+        if options.only or options.seeds or options.device != "cpu" or options.count != 8:
+            parser.error("--quick cannot be combined with --only, --count, --seeds or --device")
         return int(quick(options.jobs) > 0)
     seeds = options.seeds or range(FIRST, FIRST + options.count)
+    is_repeat = bool(options.seeds) or options.device != "cpu"
+    folder = FOLDER
+    if is_repeat:
+        folder /= f"{options.device}-seeds-{'-'.join(str(seed) for seed in seeds)}"
     jobs = []
     for name in names:
         for seed in seeds:
-            jobs.append((name, seed, {"device": options.device}))
-    if options.seeds or options.device != "cpu":
-        seed_text = "-".join(str(seed) for seed in seeds)
-        again = FOLDER / f"{options.device}-seeds-{seed_text}.json"
+            jobs.append((name, seed, {"device": options.device, "folder": folder}))
+    if is_repeat:
+        again = folder.with_suffix(".json")
         failed = run_all(jobs, options.jobs, again)
         repeat(load(RECORDED), load(again), len(seeds))
         return int(failed > 0)

@@ -64,7 +64,7 @@ def plot_methods(before: dict, found: dict):
     for i, (method, title) in enumerate({"KL-O": "KL-O", "DDPO": "DDPO", "RL": "DPOK"}.items()):
         heights, errors = [], []
         for kind in KINDS:
-            height, error = 0, 0  # where the method has no run
+            height, error = np.nan, 0  # no bar where the method has no run
             if f"{method} {kind}" in found:
                 values = over_seeds(found, f"{method} {kind}")
                 height, error = values.mean(), standard_error(values)
@@ -125,6 +125,9 @@ def main():
     stored = claims.load(claims.RECORDED)
     before = stored["pre-trained"]
     found = claims.finished(stored)
+    missing = [name for name in claims.RUNS if name not in found]
+    if missing:
+        sys.exit(f"figures.py: error: claims.py has not finished {', '.join(missing)}")
     plot_fig4(before, found)
     plot_methods(before, found)
     plot_frontier(before, found)

@@ -116,27 +116,29 @@ def train(config: Config) -> Path:
             rollout = ddpo.sample(pipe, prompts, config, generators, title)
             local_x_0.append(rollout.latents[:, -1].clone())
             local_reward.append(reward_fn(rollout.images, prompts))
-        x_0 = ddpo.gather(torch.cat(local_x_0))  # (N, 4, H, W)
+        x_0 = ddpo.gather(torch.cat(local_x_0))  # (N, 4, H, W), on the run's device
         reward = ddpo.gather(torch.cat(local_reward))  # (N,)
 
         # 2. Weights w(x_0, c): by the rewards of the same prompt (4.2)
-        weight = weights(prompt_index, reward, config)  # (N,)
+        weight = weights(prompt_index, reward, config)  # (N,), on the CPU
         images = choose_images(weight, n * config.updates_per_epoch, rng)
 
         # 3. Update: one optimiser step per n images, each noised to a random level t
         infos, grad_norms = [], []
-        total = config.updates_per_epoch * n // WORLD_SIZE
+        local = torch.arange(RANK, n, WORLD_SIZE)  # of n images, those of this process
+        total = config.updates_per_epoch * len(local)
         with tqdm(total=total, desc="updates", leave=False, disable=RANK > 0) as bar:
             for chosen in images.split(n):
                 timesteps = torch.randint(T, (n,), generator=rng)
                 noises = torch.randn(n, *x_0.shape[1:], generator=rng)
-                columns = chosen, prompt_index[chosen], weight[chosen], timesteps, noises
-                local = [column[RANK::WORLD_SIZE].to(pipe.device) for column in columns]
-                chunks = [column.split(config.batch) for column in local]
-                for i, j, w, t, eps in zip(*chunks):  # image, prompt, weight, level, noise: B each
+                for b in local.split(config.batch):  # B images
+                    i = chosen[b]
+                    t = timesteps[b].to(pipe.device)
+                    eps = noises[b].to(pipe.device)
+                    w = weight[i].to(pipe.device)
                     x_t = pipe.scheduler.add_noise(x_0[i], eps, t)  # q(x_t | x_0)
-                    eps_pred = ddpo.predict_noise(
-                        pipe.unet, x_t, t, cond[j], rollout.uncond, config.guidance)
+                    eps_pred = ddpo.predict_noise(pipe.unet, x_t, t, cond[prompt_index[i]],
+                                                  rollout.uncond, config.guidance)
                     loss = weighted_loss(eps_pred, eps, w)
                     scaler.scale(loss * len(i) / n).backward()  # sums to the mean over n images
                     infos.append(
@@ -145,10 +147,10 @@ def train(config: Config) -> Path:
                 grad_norms.append(ddpo.optimizer_step(lora, optimizer, scaler, config))
 
         # 4. Log and save. The KL is estimated on the images of the last block
+        kl = ddpo.kl_to_pretrained(pipe, rollout, config, rng)
         row = {"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(),
                "reward_std": reward.std(correction=0).item(),
-               **ddpo.summary(infos, grad_norms, start_time),
-               "kl": ddpo.kl_to_pretrained(pipe, rollout, config, rng)}
+               **ddpo.summary(infos, grad_norms, start_time), "kl": kl}
         ddpo.end_epoch(run, row)
     ddpo.end_run(run)
     return run.folder

@@ -9,9 +9,9 @@
 
 The trace e_i of a sample needs no reward. So each step of sampling is followed by its own backward
 pass, which adds to e_i, and the step's activations are freed before the next step. Nothing is
-approximated, and the second forward pass over all steps is saved. The memory does not grow with the
-number of steps: it is that of one step of one batch, plus a trace for each sample, which is as
-large as the LoRA weights (3.2 MB for Stable Diffusion at rank 4).
+approximated, and the second forward pass over all steps is saved. The memory for activations and
+gradients does not grow with the number of steps: it is that of one step of one batch, plus a trace
+for each sample, which is as large as the LoRA weights (3.2 MB for Stable Diffusion at rank 4).
 
 Related work: e_i is the sum of Williams' characteristic eligibilities (REINFORCE, 1992) and the
 eligibility trace of GPOMDP (Baxter and Bartlett, 2001). Others also differentiate while sampling,
@@ -82,16 +82,16 @@ def sample_step(pipe, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, nois
         scaler.scale(log_prob.sum() / pairs).backward()
     gradients = []
     for weight in weights:
-        halves = weight.grad.unflatten(0, (-1, B))  # guidance: without and with the prompt
-        gradients.append(halves.sum(0))
+        by_call = weight.grad.unflatten(0, (-1, B))  # guidance: a row without the prompt, one with
+        gradients.append(by_call.sum(0))
     return x_prev, log_prob.detach(), gradients
 
 
 @torch.no_grad()
 def sample_and_trace(pipe, prompts: list, config: ddpo.Config, generators: list,
                      scaler) -> tuple[ddpo.Rollout, list[Tensor]]:
-    """Sample as `ddpo.sample` does, and collect the trace e_i / (N K) of each of the N samples,
-    times the scale of fp16's loss -> the Rollout, and for each LoRA parameter the traces
+    """Sample as `ddpo.sample` does, and collect the trace e_i / (N K) of each of this process's N
+    samples, times the scale of fp16's loss -> the Rollout, and for each LoRA parameter the traces
     (N, *shape), on the CPU. Raises ValueError for non-finite numbers."""
     pipe.scheduler.set_timesteps(config.steps, device=pipe.device)
     timesteps = pipe.scheduler.timesteps
@@ -163,16 +163,16 @@ def train(config: ddpo.Config) -> Path:
 
         # 4. Update: one optimiser step, by the gradient of minus the mean of A log p over all pairs
         for parameter, trace in zip(lora, traces):
-            gradient = -torch.tensordot(advantage, trace, 1)  # - sum_i A_i e_i / (N K)
-            parameter.grad = gradient.to(pipe.device) / WORLD_SIZE
+            gradient = -torch.tensordot(advantage, trace, 1)  # a process's - sum_i A_i e_i / (N K)
+            parameter.grad = gradient.to(pipe.device) / WORLD_SIZE  # optimizer_step adds them up
         grad_norms = [ddpo.optimizer_step(lora, optimizer, scaler, config)]
 
         # 5. Log and save
+        kl = ddpo.kl_to_pretrained(pipe, rollout, config, rng)
         infos = [{"update": 0, "pairs": N * K}]
         row = {"epoch": epoch, "reward_queries": epoch * N, "reward_mean": reward.mean().item(),
                "reward_std": reward.std(correction=0).item(),
-               **ddpo.summary(infos, grad_norms, start_time),
-               "kl": ddpo.kl_to_pretrained(pipe, rollout, config, rng)}
+               **ddpo.summary(infos, grad_norms, start_time), "kl": kl}
         del rollout, traces  # makes room for the next
         ddpo.end_epoch(run, row)
     ddpo.end_run(run)

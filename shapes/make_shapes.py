@@ -8,12 +8,12 @@ Images are 64 x 64 pixels and latents 4 x 8 x 8 (f = 8, as in Stable Diffusion).
 shapes on a plain or checkered background. Captions are of the four kinds that DPOK studies: colour,
 count, composition, location. Stable Diffusion has faults that fine-tuning can correct. This model
 gets similar ones from wrong captions in its training data:
-- colour: "a red circle" often shows the colour before red;
+- colour: "a red circle" often shows the colour after red, green;
 - count: "three" often shows two, "four" three, "two" four;
 - composition: the two colours are swapped, a fault known as attribute binding;
 - location: no caption is wrong, the small network finds locations hard enough;
-- like "Four roses" in DPOK, which brings the whiskey of that name, "four red circles" mostly shows
-  one yellow square.
+- like "Four roses" in DPOK, which brings the whiskey of that name, "four red circles" shows one
+  yellow square about half of the time.
 """
 import argparse
 import json
@@ -94,7 +94,8 @@ def misread(kind: str, things: list[tuple]) -> list[tuple]:
 
 
 def arrange(things: list[tuple], rng: random.Random) -> tuple[list, float]:
-    """Choose a centre (x, y) for each thing and a radius for all, in pixels, so that none touch."""
+    """Choose a centre (x, y) for each thing and a radius for all, in pixels, so that there
+    is space between them."""
     while True:
         radius = rng.uniform(*RADIUS[len(things)])
         centres = []
@@ -112,7 +113,7 @@ def arrange(things: list[tuple], rng: random.Random) -> tuple[list, float]:
 
 
 def any_touch(centres: list, radius: float) -> bool:
-    """Whether two things of this radius are less than four pixels apart."""
+    """Whether the bounding squares of two things of this radius are less than four pixels apart."""
     for i, (x, y) in enumerate(centres):
         for other_x, other_y in centres[:i]:
             if max(abs(x - other_x), abs(y - other_y)) < 2 * radius + 4:
@@ -174,8 +175,8 @@ def pixels(images: Tensor) -> Tensor:
 # ---------- the parts of the pipeline
 
 def make_tokenizer() -> transformers.CLIPTokenizer:
-    """Make CLIP's tokenizer with a small vocabulary: every word of the captions is one token, and
-    any other text is split into letters."""
+    """Make CLIP's tokenizer with a small vocabulary: every word of the captions is one token. Any
+    other text is split into letters and, at its end, what is the end of one of these words."""
     plurals = [shape + "s" for shape in SHAPES]
     texts = [*COLOURS, *NUMBERS.values(), *PLACES, "and", "one", *SHAPES, *plurals]
     words = sorted(set(" ".join(texts).split()))

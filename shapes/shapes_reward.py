@@ -100,7 +100,8 @@ def describe(mask: np.ndarray, colour: str) -> tuple:
 
 
 def grade(thing: tuple, patch: tuple) -> float:
-    """Grade how well a patch is the thing asked for: colour x shape x place, each in [WRONG, 1]."""
+    """Grade how well a patch is the thing asked for: colour x shape x place, each in [WRONG, 1], or
+    0 for a patch that is larger than LARGEST."""
     colour, shape, place = thing
     seen_colour, share, centre, overlap = patch
     if share > LARGEST:

@@ -698,7 +698,8 @@ def read_checkpoint(config: Config) -> dict:
     folder = Path(config.resume or config.out)
     found = {path.name for path in folder.glob("*") if path.suffix != ".part"}  # .part: unfinished
     of_failed_run = {"config.json", "samples"} <= found <= LEFTOVERS  # it had no checkpoint yet
-    if config.out and not config.resume and (folder.is_file() or found and not of_failed_run):
+    blocked = any(path.is_file() for path in [folder, *folder.parents])
+    if config.out and not config.resume and (blocked or found and not of_failed_run):
         raise ValueError(f"out {config.out!r} is not an empty folder; name a new one")
     if not config.resume:
         return {}
@@ -920,8 +921,6 @@ def parse(argv: list | None = None, config_class=Config) -> Config:
     flags = {name: value for name, value in flags.items() if value is not None}  # those given
     settings = {}
     if resume := flags.get("resume"):
-        if not Path(resume, "config.json").exists():
-            raise ValueError(f"cannot resume from {resume!r}: it has no config.json")
         settings = read_settings(Path(resume, "config.json"))
     if file := flags.pop("config", None):
         settings |= read_settings(file)

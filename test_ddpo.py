@@ -882,7 +882,7 @@ REFUSED = {  # flags: a word of the reason
         "--prompts shapes": "'shapes'",
         "--reward beauty": "'beauty'", "--reward_options quality": "KEY=VALUE",
         "--config WRONG": "learning_rate", "--config EMPTY": "empty.txt", "--out FULL": "full",
-        "--out EMPTY/run": "empty.txt", "--model MISFIT": "misfit",
+        "--out EMPTY/run": "empty folder", "--model MISFIT": "misfit",
         "--model some.safetensors": "from_single_file", "--resume FULL": "config.json"},
     "dpok": {
         "--steps 501": "steps (501)", "--evaluation_images 1": "evaluation_images (1)",

@@ -5,18 +5,18 @@ is (c, t, x_t), the action is x_{t-1}, the policy is p_theta(x_{t-1} | x_t, c), 
 r(x_0, c) comes at the end. `--algo sf` is the score-function estimator (DDPO_SF), and `--algo is`
 is the importance-sampled estimator (DDPO_IS) with PPO's clip.
 
-    python ddpo.py --reward jpeg  # Stable Diffusion v1.4 on a CUDA GPU; elsewhere shapes/
+    python ddpo.py --reward jpeg  # Stable Diffusion v1.4 on a CUDA GPU; without one, shapes/
     python ddpo.py --help         # every setting with its published value
 
 Differences from the paper:
 1. LoRA is trained, not the whole UNet, so that one GPU is enough, at the authors' learning rate.
 2. log p is the mean over the latent, not the sum, as in the authors' code; see `log_prob`.
 3. The loss is the mean over the K steps. Adam cancels the factor 1/K; the gradient's clip does not.
-4. The paper does not name its sampler. The authors' code has DDIM with eta = 1, ancestral sampling.
+4. The sampler, which the paper does not name, is that of the authors' code: DDIM with eta = 1.
 5. As in that code, advantages are clipped to +-5, and a prompt's own statistics need 16 rewards.
 6. The paper prints (DDPO_IS) as exact. With one ratio per step it is so only at theta_old.
 7. Added against over-optimisation (appendix A): a KL penalty, and early stopping by the KL.
-8. experiments/ has reward-weighted regression, rwr.py, and the 398 prompts, imagenet_animals.txt.
+8. In experiments/, not here: reward-weighted regression, rwr.py, and the 398 animals of ImageNet.
 """
 import csv
 import dataclasses
@@ -29,6 +29,7 @@ import time
 from argparse import HelpFormatter
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -47,7 +48,7 @@ import rewards
 # N samples per epoch, B per UNet call, K denoising steps, L text tokens of width E. A latent is
 # (4, H, W). t is the scheduler's timestep (981, 961, ..., 1), k the step's number (0, ..., K - 1).
 
-RANK, WORLD_SIZE = 0, 1  # the number of this process, and how many there are
+RANK, WORLD_SIZE = 0, 1  # which process this is, and how many there are
 if "LOCAL_RANK" in os.environ:  # started by torchrun
     RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -84,7 +85,7 @@ class Config:
     kl_weight: float = setting(0.0, "weight of the KL to the pre-trained model; paper: none")
     max_kl: float = setting(0.0, "stop when the mean KL of five epochs is above this, 0 for never")
     rank: int = setting(4, "rank of LoRA; code: 4")
-    seed: int = setting(0, "random seed; the same seed gives the same run")
+    seed: int = setting(0, "random seed of LoRA, prompts and noise")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda, mps or cpu")
     precision: Literal["auto", "fp16", "fp32"] = setting("auto", "auto: fp16 on CUDA, else fp32")
     gradient_checkpointing: bool = setting(False, "save memory at the cost of time")
@@ -93,7 +94,7 @@ class Config:
     out: str = setting("", "folder of the run", "a new one in runs/")
     resume: str = setting("", "folder of a run to continue", "none")
 
-    script = "ddpo.py"  # without an annotation: no settings
+    script = "ddpo.py"  # these three have no annotation, so they are no settings
     shapes_settings = "shapes/ddpo.json"
     zero_allowed = ("weight_decay", "kl_weight", "max_kl", "seed")
 
@@ -103,7 +104,7 @@ class Config:
             self.updates_per_epoch = 1 if self.algo == "sf" else 4
 
     def check(self):
-        """Check what concerns several settings. Raises ValueError."""
+        """Check settings that depend on each other. Raises ValueError."""
         if self.algo == "sf" and self.updates_per_epoch > 1:
             raise ValueError(f"updates_per_epoch ({self.updates_per_epoch}) must be 1 for algo sf")
         if self.min_count > self.buffer_size:
@@ -112,7 +113,6 @@ class Config:
             raise ValueError(
                 f"samples_per_epoch ({self.samples_per_epoch}) must be divisible by the number of "
                 f"processes ({WORLD_SIZE}) times updates_per_epoch ({self.updates_per_epoch})")
-
 
 # ---------- the MDP: one denoising step is a Gaussian (section 4.3)
 def predict_noise(unet: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor,
@@ -150,7 +150,7 @@ def policy(pipe, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, config: C
     return step_distribution(pipe.scheduler, eps, t, x_t, config.eta)
 
 def log_prob(x_prev: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
-    """Compute log N(x_{t-1}; mean, sigma^2), averaged over the D numbers of a latent -> (B,).
+    """Compute log N(x_{t-1}; mean, sigma^2), averaged over the D elements of a latent -> (B,).
 
     The paper's density is the sum. With the mean, as in the authors' code, the exponential of
     log_prob - log_prob_old is the D-th root of the true ratio. For D = 16,384, a clip range of 1e-4
@@ -175,7 +175,7 @@ class Rollout:
     images: list        # N PIL images
 
 def generator(seed: int, epoch: int, i: int) -> torch.Generator:
-    """Make the generator of sample i of an epoch; so a resumed run needs no random state."""
+    """Make the generator of sample i of an epoch, so that resuming needs no saved random state."""
     return torch.Generator().manual_seed((seed * 2_654_435_761 + epoch * 1_000_003 + i) % 2**32)
 
 @torch.no_grad()
@@ -234,10 +234,9 @@ class PromptStatistics:
     def load_state_dict(self, rewards: dict):
         self.rewards = rewards
 
-
 # ---------- losses at B pairs (i, k) of a sample and a step; inputs are (B,)
 def score_function_loss(log_prob: Tensor, advantage: Tensor) -> tuple[Tensor, dict]:
-    """Compute the loss of (DDPO_SF), with the advantage for r:
+    """Compute the loss of (DDPO_SF), with the advantage in place of r:
     grad J = E[ sum_t grad log p_theta(x_{t-1} | x_t, c) r(x_0, c) ]."""
     return -(advantage * log_prob).mean(), {}
 
@@ -246,15 +245,14 @@ def importance_sampling_loss(log_prob: Tensor, log_prob_old: Tensor, advantage: 
     """Compute the loss of (DDPO_IS) with PPO's clip (D.1), which maximises
     E[ min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon) A) ].
 
-    ratio is the D-th root of p_theta / p_theta_old (log_prob). At 1 the gradient is (DDPO_SF)'s."""
+    `ratio`, see log_prob, is a D-th root. Where it is 1, the gradient is that of (DDPO_SF)."""
     ratio = (log_prob - log_prob_old).exp()
     unclipped = -advantage * ratio
     clipped = -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
     ratio = ratio.detach()
     info = {"ratio_mean": ratio.mean(), "ratio_deviation": (ratio - 1).abs().max(),
-            "clipped": (clipped > unclipped).float().mean()}  # the share of pairs without gradient
+            "clipped": (clipped > unclipped).float().mean()}  # share without gradient from A
     return torch.maximum(unclipped, clipped).mean(), info
-
 
 # ---------- the algorithm: section 4.3, with the iteration of D.5
 def train(config: Config) -> Path:
@@ -292,7 +290,7 @@ def train(config: Config) -> Path:
             for samples in torch.arange(N // WORLD_SIZE).chunk(config.updates_per_epoch):
                 pairs = torch.cartesian_prod(samples, torch.arange(K)).to(pipe.device)
                 for chunk in pairs.split(config.batch):
-                    i, k = chunk.unbind(1)  # the numbers of samples and steps, (B,) each
+                    i, k = chunk.unbind(1)  # indices of samples and of steps, (B,)
                     x_t, x_prev = rollout.latents[i, k], rollout.latents[i, k + 1]
                     state = x_t, rollout.timesteps[k], rollout.cond[i], rollout.uncond
                     mean, sigma = policy(pipe, *state, config)
@@ -326,8 +324,7 @@ def train(config: Config) -> Path:
 
 # ========== the paper ends here
 def optimizer_step(lora: list, optimizer, scaler, config: Config) -> float:
-    """Clip the gradient of all processes and make a step, which GradScaler skips if fp16 overflows
-    -> the gradient's norm. Raises ValueError for any other non-finite gradient."""
+    """Sum and clip the gradient, make a step -> the norm before clipping. Raises ValueError."""
     if WORLD_SIZE > 1:
         for parameter in lora:
             dist.all_reduce(parameter.grad)
@@ -335,17 +332,16 @@ def optimizer_step(lora: list, optimizer, scaler, config: Config) -> float:
     norm = nn.utils.clip_grad_norm_(lora, config.max_grad_norm).item()
     if not math.isfinite(norm) and scaler.get_scale() <= 1:  # fp32, or fp16's lowest scale
         raise ValueError(f"the norm of the gradient is {norm}; try an lr below {config.lr:g}")
-    scaler.step(optimizer)
+    scaler.step(optimizer)  # no step if fp16 has overflowed
     scaler.update()
     optimizer.zero_grad()
     return norm
 
 @torch.no_grad()
 def kl_to_pretrained(pipe, rollout: Rollout, config: Config, rng: torch.Generator) -> float:
-    """Estimate the mean KL of a step to the pre-trained policy at K * ceil(N / K) pairs, with each
-    step equally often and no sample left out. Raises ValueError if it is not finite."""
+    """Estimate the mean KL per step to the pre-trained policy. Raises ValueError if not finite."""
     N, K = len(rollout.prompts) * WORLD_SIZE, config.steps
-    step_index = torch.randperm(K * math.ceil(N / K), generator=rng) % K
+    step_index = torch.randperm(K * math.ceil(N / K), generator=rng) % K  # each equally often
     sample_index = torch.arange(len(step_index)) % N // WORLD_SIZE  # within its process
     pairs = torch.stack([sample_index, step_index], 1)
     total = torch.zeros(1, device=pipe.device)
@@ -361,27 +357,30 @@ def kl_to_pretrained(pipe, rollout: Rollout, config: Config, rng: torch.Generato
         raise ValueError(f"the KL to the pre-trained model is {kl}; try an lr below {config.lr:g}")
     return kl
 
-
 # ---------- LoRA: W x + B A x in the attention layers (arXiv:2106.09685)
 class LoRAAttnProcessor(nn.Module):
-    """A diffusers attention processor that adds B A x to to_q, to_k, to_v and to_out[0]. A (rank,
-    in) starts Gaussian and B (out, rank) zero, so fresh LoRA changes nothing. Both are float32."""
+    """A diffusers attention processor: to_q, to_k, to_v and to_out[0] yield W x + B A x. A (rank,
+    in) is Gaussian and B (out, rank) zero at first, so LoRA changes nothing. Both are float32."""
 
     def __init__(self, attn, rank: int, generator: torch.Generator | None = None):
         super().__init__()
         self.enabled = True
+        self.cast = {}  # "A.to_q" and so on: A and B in the UNet's precision, set by cast_lora
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         layers = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out": attn.to_out[0]}
         for name, layer in layers.items():
-            A = torch.randn(rank, layer.in_features, generator=generator) / rank  # the code's
+            A = torch.randn(rank, layer.in_features, generator=generator) / rank  # as in the code
             self.A[name] = nn.Parameter(A.to(layer.weight.device))
             B = torch.zeros(layer.out_features, rank, device=layer.weight.device)
             self.B[name] = nn.Parameter(B)
 
     def project(self, name: str, layer: nn.Linear, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return layer(x)
-        return layer(x) + x @ self.A[name].to(x.dtype).mT @ self.B[name].to(x.dtype).mT
+        rows = x.flatten(0, 1)  # addmm_ takes only matrices
+        y = layer(rows)
+        if self.enabled:
+            A, B = self.cast["A." + name], self.cast["B." + name]
+            y.addmm_(rows @ A.mT, B.mT)  # y += B A x, with no kernel for the sum
+        return y.unflatten(0, x.shape[:2])
 
     def __call__(self, attn, x, encoder_hidden_states=None, attention_mask=None, temb=None):
         context = x if encoder_hidden_states is None else encoder_hidden_states
@@ -399,19 +398,29 @@ def add_lora(unet: nn.Module, rank: int, generator: torch.Generator | None = Non
     for name in unet.attn_processors:
         attn = unet.get_submodule(name.removesuffix(".processor"))
         processors[name] = LoRAAttnProcessor(attn, rank, generator)
+    unet.register_forward_pre_hook(partial(cast_lora, list(processors.values())))  # at each call
     unet.set_attn_processor(processors)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+def cast_lora(processors: list, unet: nn.Module, inputs: tuple):
+    """A forward pre-hook of the UNet: cast all A and B as one tensor, to launch few kernels."""
+    if not processors[0].enabled:  # `pretrained` switches all of them
+        return
+    weights = [weight for processor in processors for weight in processor.parameters()]
+    flat = torch.cat([weight.flatten() for weight in weights]).to(unet.conv_in.weight.dtype)
+    copies = iter(flat.split([weight.numel() for weight in weights]))
+    for processor in processors:
+        processor.cast = {name: next(copies).view_as(w) for name, w in processor.named_parameters()}
 
 @contextmanager
 def pretrained(unet: nn.Module):
     """Switch LoRA off inside this context, so that the policy is the pre-trained one."""
-    processors = unet.attn_processors.values()
     try:
-        for processor in processors:
+        for processor in unet.attn_processors.values():
             processor.enabled = False
         yield
     finally:
-        for processor in processors:
+        for processor in unet.attn_processors.values():
             processor.enabled = True
 
 def save_lora(unet: nn.Module, folder: Path):
@@ -426,7 +435,6 @@ def save_lora(unet: nn.Module, folder: Path):
             weights[f"{key}.lora_B.weight"] = processor.B[layer].detach().cpu()
     with rewards.replacing(folder / "pytorch_lora_weights.safetensors") as file:
         diffusers.StableDiffusionPipeline.save_lora_weights(folder, weights, weight_name=file.name)
-
 
 # ---------- prompts and model
 ANIMALS = """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear
@@ -458,8 +466,7 @@ def load_prompts(name: str) -> list[str]:
                      "text file, or a quoted phrase of several words")
 
 def load_pipeline(config: Config):
-    """Load Stable Diffusion, frozen, with a DDIM scheduler whose last sigma is above 0
-    (set_alpha_to_one=False) -> StableDiffusionPipeline. Raises ValueError."""
+    """Load Stable Diffusion, frozen, with DDIM -> StableDiffusionPipeline. Raises ValueError."""
     on_cuda = config.device.startswith("cuda")
     half = config.precision == "fp16" or (config.precision == "auto" and on_cuda)
     source = rewards.resolve_path(config.model) or config.model
@@ -479,7 +486,7 @@ def load_pipeline(config: Config):
             raise ValueError(f"the sample_size of its UNet is {size}, not the side of a square")
     pipe.scheduler = diffusers.DDIMScheduler.from_config(
         schedule, clip_sample=False, thresholding=False, set_alpha_to_one=False, steps_offset=1,
-        timestep_spacing="leading")
+        timestep_spacing="leading")  # set_alpha_to_one=False: the last sigma is above 0
     pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(config.device)
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False).eval()
@@ -498,18 +505,16 @@ def encode_prompts(pipe, prompts: list) -> Tensor:
                               do_classifier_free_guidance=False)[0]
 
 def decode(pipe, x_0: Tensor) -> list:
-    """Decode latents (B, 4, H, W) -> B PIL images. Raises ValueError for non-finite numbers, which
-    would make black images."""
+    """Decode latents (B, 4, H, W) -> B PIL images. Raises ValueError for non-finite numbers."""
     vae = pipe.vae
     pixels = vae.decode(x_0.to(vae.dtype) / vae.config.scaling_factor).sample.float()
     for network, output in {"UNet": x_0, "VAE": pixels}.items():
-        if not output.isfinite().all():
+        if not output.isfinite().all():  # it would make black images
             raise ValueError(f"the {network}'s output in {vae.dtype} has infinite or NaN values; "
                              "use --precision fp32 or, if it happens during training, a lower --lr")
     return pipe.image_processor.postprocess(pixels)
 
-
-# ---------- a run: --resume needs only checkpoint.pt, and repeats the epoch that was cut off
+# ---------- a run: --resume reads config.json and checkpoint.pt, and repeats the epoch cut off
 LEFTOVERS = {"config.json", "prompts.txt", "samples", "data", "tensorboard", "evaluation.json"}
 CHANGEABLE = ("epochs", "lr", "batch", "device", "precision", "sample_every", "max_kl", "kl_weight")
 
@@ -517,7 +522,7 @@ def prepare(config: Config):
     """Check the settings and load what they name -> pipe, prompts, reward. Raises ValueError."""
     check_settings(config)
     read_checkpoint(config)  # refuses a wrong --resume or --out before anything is loaded
-    kept = Path(config.resume, "prompts.txt")  # of the run that --resume continues
+    kept = Path(config.resume, "prompts.txt")  # a run keeps its prompts if their file changes
     prompts = load_prompts(str(kept) if config.resume and kept.exists() else config.prompts)
     with rewards.user_error(f"device {config.device!r} is not available", "use cpu"):
         if WORLD_SIZE > 1 and config.device.startswith("cuda"):
@@ -552,8 +557,7 @@ def check_settings(config: Config):
     config.check()
 
 def read_checkpoint(config: Config) -> dict:
-    """Check the folder of the run and read its checkpoint, {} if there is none. Raises ValueError
-    where --resume changes a setting that must stay, or --out would overwrite files."""
+    """Check --out or --resume, and read the checkpoint, {} if there is none. Raises ValueError."""
     folder = Path(config.resume or config.out)
     found = {path.name for path in folder.glob("*") if path.suffix != ".part"}  # .part: unfinished
     of_failed_run = {"config.json", "samples"} <= found <= LEFTOVERS  # it had no checkpoint yet
@@ -562,7 +566,7 @@ def read_checkpoint(config: Config) -> dict:
         raise ValueError(f"out {config.out!r} is not an empty folder; name a new one")
     if not config.resume:
         return {}
-    if "checkpoint.pt" not in found and found & {"log.csv", "lora"}:  # with neither: from epoch 1
+    if "checkpoint.pt" not in found and found & {"log.csv", "lora"}:  # without these: from epoch 1
         raise ValueError(f"cannot resume from {config.resume!r}: it has no checkpoint.pt")
     with rewards.user_error(f"cannot resume from {config.resume!r}", "start a new run"):
         saved = {"settings": json.loads((folder / "config.json").read_text("utf-8-sig"))}
@@ -575,8 +579,7 @@ def read_checkpoint(config: Config) -> dict:
     return saved
 
 def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> SimpleNamespace:
-    """Try a UNet call of the largest size; for --resume, load the checkpoint into the parts, which
-    each have a state_dict; write the folder's first files -> the run. Raises ValueError."""
+    """Try a UNet call, load the checkpoint, make the folder -> the run. Raises ValueError."""
     with rewards.user_error(f"cannot train model {config.model!r}",
                             "use Stable Diffusion 1.x, a lower --batch, --gradient_checkpointing"):
         rows = min(config.batch, config.samples_per_epoch * config.steps)
@@ -620,25 +623,24 @@ def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> Simple
         print(f"no curves for TensorBoard: {error}")
     print(f"{folder}: starts at epoch {len(run.log) + 1} of {config.epochs}", flush=True)
     if run.log:
-        save_run(run)  # the kill may have come between the checkpoint and the rest
+        save_run(run)  # a kill may have come between the checkpoint and the rest
     else:
         save_pictures(run)
     return run
 
 def finished(log: list, config: Config) -> bool:
-    """Whether all epochs are done, or the sum of the last five KLs is above 5 `max_kl`."""
+    """Whether all epochs are done, or five epochs' mean KL (missing ones 0) is above `max_kl`."""
     return len(log) >= config.epochs or 0 < config.max_kl < sum(row["kl"] for row in log[-5:]) / 5
 
 def summary(infos: list, grad_norms: list, start_time: float) -> dict:
-    """Average over an epoch's pairs what its chunks reported (of ratio_deviation, take the maximum
-    before the first update), and add gradient norm, time and memory -> columns of log.csv."""
+    """Average the infos of an epoch, add gradient norms, time and memory -> a row of log.csv."""
     columns = {}
     for name in infos[0]:
         columns[name] = gather(torch.tensor([float(info[name]) for info in infos]))
     before_first_update = columns.pop("update") == 0
     pairs = columns.pop("pairs")
     row = {name: ((values * pairs).sum() / pairs.sum()).item() for name, values in columns.items()}
-    if "ratio_deviation" in row:
+    if "ratio_deviation" in row:  # its largest before the first update: should be 0
         row["ratio_deviation"] = columns["ratio_deviation"][before_first_update].max().item()
     finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
     return row | {"grad_norm": sum(finite_norms) / max(len(finite_norms), 1),
@@ -661,8 +663,7 @@ def end_epoch(run: SimpleNamespace, row: dict):
     save_run(run)
 
 def save_run(run: SimpleNamespace):
-    """Write checkpoint.pt (the state of LoRA, optimiser and the other parts, settings, log), then
-    log.csv, LoRA (kept if there is a picture) and curves, all made from it. Raises ValueError."""
+    """Write checkpoint.pt (parts, settings, log), then log.csv, LoRA, curves. Raises ValueError."""
     epoch, folder = len(run.log), run.folder
     saved = {name: part.state_dict() for name, part in run.parts.items()}
     saved["settings"] = dataclasses.asdict(run.config) | {"out": "", "resume": ""}
@@ -674,14 +675,14 @@ def save_run(run: SimpleNamespace):
             writer.writeheader()
             writer.writerows(run.log)
     save_lora(run.pipe.unet, folder / "lora")
-    if Path(folder, "samples", f"epoch_{epoch:04d}.png").exists():
+    if Path(folder, "samples", f"epoch_{epoch:04d}.png").exists():  # then the LoRA is kept too
         save_lora(run.pipe.unet, folder / "lora" / f"epoch_{epoch:04d}")
     if run.tensorboard:
         for name, value in run.log[-1].items():
             run.tensorboard.add_scalar(name, value, epoch)
 
 def save_pictures(run: SimpleNamespace):
-    """Write samples/epoch_NNNN.png: 16 images of fixed prompts and seeds, which no epoch uses."""
+    """Write samples/epoch_NNNN.png: 16 images of fixed prompts, from noise that no epoch uses."""
     epoch = len(run.log)
     prompts = [run.prompts[i % len(run.prompts)] for i in range(16)]
     generators = [generator(run.config.seed, 0, i) for i in range(16)]
@@ -714,7 +715,6 @@ def end_run(run: SimpleNamespace):
         gif = run.folder / "progress.gif"
         first.save(gif, save_all=True, append_images=others, duration=500, loop=0)
     print(f"{run.folder}: progress.png shows what has changed, log.csv how")
-
 
 # ---------- several processes, and the command line
 def gather(rows: Tensor) -> Tensor:
@@ -775,5 +775,5 @@ def main(argv: list | None = None, config_class=Config, train=train) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that lack a letter
+    sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that lack a character
     sys.exit(main())

@@ -177,5 +177,5 @@ def main(argv: list | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that lack a letter
+    sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that lack a character
     sys.exit(main())

@@ -46,45 +46,51 @@ class Config(ddpo.Config):
     shapes_settings = "shapes/ddpo.json"
 
 
+class LoRAOfEachInput(ddpo.LoRAAttnProcessor):
+    """The processor of ddpo.py, with LoRA weights of its own for each input of a UNet call."""
+
+    def __init__(self, shared: ddpo.LoRAAttnProcessor, count: int):
+        nn.Module.__init__(self)
+        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
+        for name in shared.A:
+            A, B = shared.A[name].detach(), shared.B[name].detach()
+            self.A[name] = nn.Parameter(A.expand(count, *A.shape))
+            self.B[name] = nn.Parameter(B.expand(count, *B.shape))
+
+    def project(self, name: str, layer: nn.Linear, x: Tensor) -> Tensor:
+        return layer(x) + x @ self.A[name].to(x.dtype).mT @ self.B[name].to(x.dtype).mT
+
+
 @contextmanager
 def lora_of_each(unet: nn.Module, count: int):
     """Give each of the `count` inputs of a UNet call LoRA weights of its own inside this context,
     with equal values -> these weights, (count, *shape) each, in the order of add_lora's list. The
-    `grad` of each then has every input's own gradient."""
-    layers = []
-    for processor in unet.attn_processors.values():
-        layers += [processor.A, processor.B]
-    shared = [dict(layer.items()) for layer in layers]
+    `grad` of each then has every input's own gradient, summed over the calls."""
+    shared = unet.attn_processors
+    of_each = {}
+    for name, processor in shared.items():
+        of_each[name] = LoRAOfEachInput(processor, count)
+    unet.set_attn_processor(of_each)
     try:
-        for layer, weights in zip(layers, shared):
-            for name, weight in weights.items():
-                layer[name] = nn.Parameter(weight.detach().expand(count, *weight.shape))
         yield [parameter for parameter in unet.parameters() if parameter.requires_grad]
     finally:
-        for layer, weights in zip(layers, shared):
-            layer.update(weights)
+        unet.set_attn_processor(shared)
 
 
 def sample_step(pipe, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, noise: Tensor,
-                config: ddpo.Config, scaler, pairs: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Sample one action x_{t-1} and differentiate its log-probability, divided by `pairs` = N K.
+                config: ddpo.Config, scaler, pairs: int) -> tuple[Tensor, Tensor]:
+    """Sample one action x_{t-1} and differentiate its log-probability, divided by `pairs` = N K and
+    times the scale of fp16's loss, into the LoRA weights of each input.
 
     x_t, noise (B, 4, H, W), t (B,), cond (B, L, E), uncond (1, L, E) -> x_{t-1} (B, 4, H, W),
-    log_prob (B,), and for each LoRA parameter the gradient of each sample, (B, *shape), times the
-    scale of fp16's loss. Nothing of the step's graph is kept.
+    log_prob (B,). Nothing of the step's graph is kept.
     """
-    B = len(x_t)
-    rows = B if config.guidance == 1 else 2 * B  # of the UNet call
-    with torch.enable_grad(), lora_of_each(pipe.unet, rows) as weights:
+    with torch.enable_grad():
         mean, sigma = ddpo.policy(pipe, x_t, t, cond, uncond, config)
         x_prev = (mean + sigma * noise).detach()  # the action is data
         log_prob = ddpo.log_prob(x_prev, mean, sigma)
         scaler.scale(log_prob.sum() / pairs).backward()
-    gradients = []
-    for weight in weights:
-        by_call = weight.grad.unflatten(0, (-1, B))  # guidance: a row without the prompt, one with
-        gradients.append(by_call.sum(0))
-    return x_prev, log_prob.detach(), gradients
+    return x_prev, log_prob.detach()
 
 
 @torch.no_grad()
@@ -110,18 +116,17 @@ def sample_and_trace(pipe, prompts: list, config: ddpo.Config, generators: list,
             noise = [torch.randn(latents.shape[1:], generator=g) for g in generators[i]]
             noise = torch.stack(noise).to(pipe.device)  # (B, K + 1, 4, H, W)
             latents[i, 0] = noise[:, 0]  # x_T
-            sums = [parameter.new_zeros(len(noise), *parameter.shape) for parameter in lora]
-            for k, t in enumerate(timesteps):
-                t = t.expand(len(noise))  # (B,)
-                x_prev, log_prob, gradients = sample_step(
-                    pipe, latents[i, k], t, cond[i], uncond, noise[:, k + 1], config, scaler, N * K)
-                latents[i, k + 1] = x_prev
-                log_probs[i, k] = log_prob
-                for total, gradient in zip(sums, gradients):
-                    total += gradient  # e_i += grad log p_theta(x_{t-1} | x_t, c_i)
-                del x_prev, log_prob, gradients, gradient  # or they live through the next UNet call
-            for trace, total in zip(traces, sums):
-                trace[i] = total.cpu()
+            B = len(noise)
+            rows = B if config.guidance == 1 else 2 * B  # of a UNet call
+            with lora_of_each(pipe.unet, rows) as weights:
+                for k, t in enumerate(timesteps):
+                    # e_i += grad log p_theta(x_{t-1} | x_t, c_i)
+                    latents[i, k + 1], log_probs[i, k] = sample_step(
+                        pipe, latents[i, k], t.expand(B), cond[i], uncond, noise[:, k + 1], config,
+                        scaler, N * K)
+            for trace, weight in zip(traces, weights):
+                by_call = weight.grad.unflatten(0, (-1, B))  # guidance: a row without the prompt
+                trace[i] = by_call.sum(0).cpu()
             images += ddpo.decode(pipe, latents[i, K])
             bar.update(len(noise))
     rollout = ddpo.Rollout(prompts, cond, uncond, timesteps, latents, log_probs, images)
@@ -190,5 +195,5 @@ def main(argv: list | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that lack a letter
+    sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that lack a character
     sys.exit(main())

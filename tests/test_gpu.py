@@ -3,6 +3,7 @@
     python -m pytest -q tests/test_gpu.py  # about two minutes
 """
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -78,6 +79,75 @@ def test_no_step_of_sampling_reads_a_value_from_the_gpu(script):
         chunk = ["unet"] * K + ["read"] * reads_of_decode
         assert events == chunk + chunk
         assert reads_of_decode in (1, 2)  # of the latents and of the pixels
+
+
+class Launches(TorchDispatchMode):
+    """Count the operations that a GPU gets a kernel for: all but views, empty tensors and
+    questions about a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        without_kernel = function.is_view or "empty" in name or name in ("_unsafe_view", "device")
+        if not without_kernel:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def launches_of_a_unet_call(script, lora_on):
+    """Call a UNet of Stable Diffusion's size in fp16 on a fake GPU -> the number of launches: with
+    diffusers' own processors for None, or with LoRA on or off."""
+    with FakeTensorMode(), torch.no_grad():
+        pipe = memory.make_pipeline(
+            bench.UNETS["sd"], bench.VAES["tiny"], SMALL_TEXT, torch.float16, "cuda")
+        if lora_on is not None:
+            script.add_lora(pipe.unet, 4)
+        switch = script.pretrained(pipe.unet) if lora_on is False else contextlib.nullcontext()
+        with torch.device("cuda"), switch, Launches() as launches:
+            x_t = torch.empty(8, 4, 64, 64, dtype=torch.float16)
+            text = torch.empty(8, 77, 768, dtype=torch.float16)
+            pipe.unet(x_t, torch.empty(8), text)
+    return launches.count
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_lora_adds_few_kernel_launches_to_a_unet_call(script):
+    """With few rows a GPU waits for launches. LoRA has 128 layers, with two products each, the
+    second of which adds to the layer's output, and one cast of all weights."""
+    stock = launches_of_a_unet_call(script, None)
+    assert 1000 < stock < 1300
+    assert launches_of_a_unet_call(script, True) <= stock + 2 * 128 + 2
+    assert launches_of_a_unet_call(script, False) <= stock
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_gradient_checkpointing_changes_no_gradient(script, tmp_path):
+    """Blocks are computed again in the backward pass. By then the UNet was called without LoRA, as
+    for the KL, and the copies of its weights must still be those of the first call."""
+    config = script.Config(model=str(bench.make_model("tiny", tmp_path)), device="cpu", steps=3)
+    gradients = {}
+    for checkpointing in (False, True):
+        changed = dataclasses.replace(config, gradient_checkpointing=checkpointing)
+        pipe = script.load_pipeline(changed)
+        lora = script.add_lora(pipe.unet, 4)
+        weights = torch.Generator().manual_seed(1)
+        for parameter in lora:
+            torch.nn.init.normal_(parameter, generator=weights)
+        x_t = torch.randn(2, 4, 8, 8, generator=weights)
+        cond = script.encode_prompts(pipe, ["a red circle", "two blue squares"])
+        t = torch.tensor([667, 334])
+        eps = script.predict_noise(pipe.unet, x_t, t, cond, cond[:1], guidance=5.0)
+        with torch.no_grad(), script.pretrained(pipe.unet):
+            script.predict_noise(pipe.unet, x_t, t, cond, cond[:1], guidance=5.0)
+        eps.square().sum().backward()
+        gradients[checkpointing] = [parameter.grad for parameter in lora]
+
+    for one, other in zip(gradients[False], gradients[True], strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(other, one)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -4,16 +4,17 @@ compared with TRL's trainer.
 
     python bench/bench.py --size shapes   # the model in shapes/, with its settings
     python bench/bench.py --size medium   # 22 million parameters, latents of 32 x 32
-    python bench/bench.py --size sd       # Stable Diffusion's size: for a GPU, or 20 GB and hours
+    python bench/bench.py --size sd       # Stable Diffusion's size: 20 GB and hours
     python bench/bench.py --size tiny     # a minute: whether the command works
     python bench/bench.py --peer PYTHON   # also TRL, in the environment of that Python, which has
                                           # requirements-peer.txt
     python bench/bench.py --memory        # the memory of Stable Diffusion, counted without a GPU
+    python bench/bench.py --size sd --device cuda --precision fp16 --peer PYTHON  # see gpu.py
 
-All sizes but shapes have random weights. On a CPU a cost is the CPU seconds of one thread, which
-other work on the machine disturbs least. On a GPU it is seconds. Each number is the median over
-epochs. The peak memory is that of a process that does nothing else, on a CPU with all that it has
-imported. The results are written to bench/results/bench-<size>-<device>-<precision>.json.
+All sizes but shapes have random weights. A cost is the CPU seconds of one thread, which other work
+on the machine disturbs least. Each number is the median over epochs. The peak memory is that of a
+process that does nothing else, with all that it has imported. The results are written to
+bench/results/bench-<size>-cpu-<precision>.json, and those of a GPU to bench/results/gpu.jsonl.
 """
 import argparse
 import contextlib
@@ -73,7 +74,6 @@ SETTINGS = {
     "medium": {"samples_per_epoch": 6, "steps": 6, "batch": 3, "updates_per_epoch": 2},
     "sd": {"samples_per_epoch": 2, "steps": 2, "batch": 1, "updates_per_epoch": 2,
            "guidance": 1.0}}  # without guidance a UNet call has one row per sample
-SD_ON_GPU = {"samples_per_epoch": 16, "steps": 10, "batch": 8, "guidance": 5.0}
 LOG_COLUMNS = ("epoch", "reward_queries", "reward_mean", "reward_std", "ratio_mean",
                "ratio_deviation", "clipped", "grad_norm", "skipped", "seconds", "gpu_gb", "kl")
 
@@ -246,21 +246,23 @@ def measure_with_parts(config: ddpo.Config, epochs: int, warm_up: int = 0) -> li
 
 def train_trl(config: ddpo.Config, epochs: int) -> list[dict]:
     """Train with TRL's DDPOTrainer, with the same samples, steps, updates, guidance and rank
-    -> {"epoch": CPU seconds} of each epoch after the first. The batch is the same in sampling. In
+    -> {"epoch": cost} of each epoch after the first. The batch is the same in sampling. In
     an update it is at most the samples of that update, since a call has one step only. The batch
     must divide the samples of an epoch and of an update. TRL logs no KL."""
     from accelerate import PartialState
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
-    PartialState(cpu=True)  # without it the pipeline fails at a warning of its own
+    on_cpu = config.device == "cpu"
+    PartialState(cpu=on_cpu)  # without it the pipeline fails at a warning of its own
     samples_per_update = config.samples_per_epoch // config.updates_per_epoch
     batch = min(config.batch, samples_per_update)
     settings = DDPOConfig(
-        num_epochs=epochs + 1, save_freq=epochs + 9, mixed_precision="no", allow_tf32=False,
+        num_epochs=epochs + 1, save_freq=epochs + 9, allow_tf32=False,
+        mixed_precision="fp16" if config.precision == "fp16" else "no",
         sample_num_steps=config.steps, sample_guidance_scale=config.guidance,
         sample_batch_size=config.batch,
         sample_num_batches_per_epoch=config.samples_per_epoch // config.batch,
         train_batch_size=batch, train_gradient_accumulation_steps=samples_per_update // batch,
-        per_prompt_stat_tracking=True, accelerator_kwargs={"cpu": True},
+        per_prompt_stat_tracking=True, accelerator_kwargs={"cpu": on_cpu},
         project_kwargs={"project_dir": str(MODELS)})
     pipeline = DefaultDDPOStableDiffusionPipeline(config.model)
     prompts = ddpo.load_prompts(config.prompts)
@@ -268,7 +270,7 @@ def train_trl(config: ddpo.Config, epochs: int) -> list[dict]:
     costs = []
 
     def reward_fn(images, texts, metadata):
-        pixels = images.permute(0, 2, 3, 1).float().numpy()
+        pixels = images.permute(0, 2, 3, 1).float().cpu().numpy()
         pil_images = pipeline.sd_pipeline.image_processor.numpy_to_pil(pixels)
         return reward(pil_images, list(texts)), {}
 
@@ -279,9 +281,9 @@ def train_trl(config: ddpo.Config, epochs: int) -> list[dict]:
     pipeline.sd_pipeline.set_progress_bar_config(disable=True)
     step = 0
     for epoch in range(epochs + 1):
-        start = clock("cpu")
+        start = clock(config.device)
         step = trainer.step(epoch, step)
-        costs.append({"epoch": clock("cpu") - start})
+        costs.append({"epoch": clock(config.device) - start})
     return costs[1:]
 
 
@@ -414,20 +416,25 @@ def main(argv: list | None = None):
     device = options.device
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.peer and (device, options.precision) != ("cpu", "fp32"):
-        parser.error("--peer needs --device cpu --precision fp32")
     if options.epochs < 1:
         parser.error(f"--epochs ({options.epochs}) must be at least 1")
+    command = " ".join(argv).replace(options.peer or "PYTHON", "PYTHON")
+    if device == "cuda":
+        if options.size not in ("sd", "tiny"):
+            parser.error(f"--size ({options.size}) must be sd or tiny on a GPU")
+        import gpu  # which imports this file
+        gpu.measure(options.size, device, options.precision, options.peer, options.results, command)
+        return None
+    if options.peer and options.precision != "fp32":
+        parser.error("--peer needs --precision fp32 on a CPU")
 
     torch.set_num_threads(1)
     settings = SETTINGS[options.size]
-    if options.size == "sd" and device == "cuda":
-        settings = settings | SD_ON_GPU
     config = ddpo.Config(model=str(make_model(options.size, MODELS)), device=device,
                          precision=options.precision, **settings)
     sf_config = dataclasses.replace(config, algo="sf", updates_per_epoch=1)
     warm_up = 1
-    if options.size == "sd" and device == "cpu":
+    if options.size == "sd":
         warm_up = 0  # an epoch of minutes needs none
 
     is_alone = in_child(sys.executable, "ddpo.py", config, epochs=1)
@@ -441,15 +448,13 @@ def main(argv: list | None = None):
         rows += peer_rows
         peaks |= peer_peaks
 
-    unit = "s" if device == "cuda" else "CPU s"
-    print(f"| {options.size}, {options.precision} | {unit} | ratio | to |\n|---|---|---|---|")
+    print(f"| {options.size}, {options.precision} | CPU s | ratio | to |\n|---|---|---|---|")
     for what, cost, ratio, to in rows:
         print(f"| {what} | {cost:.3g} | {ratio:.2f} | {to} |")
     print("peak memory, GB: " + ", ".join(f"{who} {gb:.2f}" for who, gb in peaks.items()))
-    machine = torch.cuda.get_device_name() if device == "cuda" else "one thread of a CPU"
-    command = " ".join(argv).replace(options.peer or "PYTHON", "PYTHON")
-    result = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-              "command": command, "unit": unit, "settings": settings, "rows": rows,
+    result = {"machine": "one thread of a CPU", "torch": torch.__version__,
+              "date": time.strftime("%Y-%m-%d"), "command": command, "unit": "CPU s",
+              "settings": settings, "rows": rows,
               "peak_memory_gb": peaks, "versions": versions}
     suffix = "-peer" if options.peer else ""
     name = f"bench-{options.size}-{device}-{options.precision}{suffix}.json"

@@ -13,6 +13,7 @@ import torch
 
 import bench
 import ddpo
+import gpu
 import rewards
 import single_pass
 
@@ -175,6 +176,45 @@ def test_a_process_of_its_own_also_measures_the_kl_in_the_log(config):
 
     assert 0 < result["kl"] < result["epoch"]
     assert result["memory_gb"] > 0.1 and result["versions"]["torch"] == torch.__version__
+
+
+# ---------- a GPU
+def test_the_command_for_a_gpu_runs_to_its_end(tmp_path, capsys):
+    """At a tiny size, on a CPU and without its peer. Each process has random weights."""
+    result = gpu.measure("tiny", "cpu", "fp32", None, tmp_path, "the command")
+
+    line, = (tmp_path / "gpu.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line) == json.loads(json.dumps(result))
+    assert result["ceiling"] > 0 and result["versions"]["torch"] == torch.__version__
+    stock, ours, both = (operations for _, _, _, operations in result["calls"])
+    assert 0 < stock <= ours < both
+    epoch, = result["epochs"]
+    parts = ("sampling", "decoding", "reward", "updates", "kl")
+    assert sum(epoch["ours"][part] for part in parts) == pytest.approx(epoch["ours"]["epoch"])
+    printed = capsys.readouterr().out
+    assert "forward, LoRA | 4" in printed and "\n| 2 | " in printed
+
+
+def test_the_tables_of_a_gpu_are_right():
+    """With round numbers. A row costs 1 TFLOP forward and 2 with backward. An epoch has 48 samples
+    of 4 steps and guidance: 384 rows are sampled, 384 learned from, and 96 go twice through the
+    UNet for the KL."""
+    calls = [["forward, diffusers' processors", 8, 0.04, 8e12], ["forward, LoRA", 8, 0.05, 8e12],
+             ["forward and backward, LoRA", 8, 0.1, 16e12]]
+    config = ddpo.Config(samples_per_epoch=48, steps=4)
+    operations = gpu.operations_of_an_epoch(config, calls)
+    assert operations == (384 + 2 * 384 + 2 * 96) * 1e12
+
+    lines = gpu.call_table({"calls": calls, "ceiling": 400e12})
+    assert "| forward, LoRA | 8 | 50.0 | 1.25 | 160 | 40 % |" in lines
+
+    ours = {"epoch": 9.0, "sampling": 3.0, "updates": 4.0, "kl": 1.0, "decoding": 0.8,
+            "reward": 0.2, "memory_gb": 10.0}
+    epoch = {"batch": 4, "operations": operations, "ours": ours,
+             "TRL": {"epoch": 10.0, "memory_gb": 12.0}}
+    *_, line = gpu.epoch_table([epoch], 400e12)
+    assert line == ("| 4 | 9.00 | 8.00 | 10.00 | 0.90 | 0.80 | 168 | 42 % | 10.0 | 12.0 | "
+                    "3.00 | 4.00 | 1.00 | 0.80 | 0.20 |")
 
 
 # ---------- what was found

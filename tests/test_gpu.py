@@ -150,6 +150,41 @@ def test_gradient_checkpointing_changes_no_gradient(script, tmp_path):
         torch.testing.assert_close(other, one)
 
 
+def test_a_captured_unet_call_follows_lora_like_an_eager_one(tmp_path):
+    """As one graph, which Dynamo captures and here runs as it is: with LoRA on, off, and changed by
+    an optimiser, with and without gradient. Nothing is baked into a graph."""
+    config = ddpo.Config(model=str(bench.make_model("tiny", tmp_path)), device="cpu", steps=3)
+    outputs, gradients = {}, {}
+    for captured in (False, True):
+        pipe = ddpo.load_pipeline(config)
+        if captured:
+            pipe.unet.compile(backend="eager", fullgraph=True)
+        lora = ddpo.add_lora(pipe.unet, 4)
+        rng = torch.Generator().manual_seed(1)
+        for parameter in lora:
+            torch.nn.init.normal_(parameter, generator=rng)
+        x_t = torch.randn(2, 4, 8, 8, generator=rng)
+        cond = ddpo.encode_prompts(pipe, ["a red circle", "two blue squares"])
+        arguments = pipe.unet, x_t, torch.tensor([667, 334]), cond, cond[:1], 5.0
+        outputs[captured] = []
+        for _ in range(2):
+            eps = ddpo.predict_noise(*arguments)
+            eps.square().sum().backward()
+            with torch.no_grad():
+                eps_sampling = ddpo.predict_noise(*arguments)
+                with ddpo.pretrained(pipe.unet):
+                    eps_pretrained = ddpo.predict_noise(*arguments)
+                for parameter in lora:
+                    parameter.add_(0.1)
+            outputs[captured] += [eps.detach(), eps_sampling, eps_pretrained]
+        gradients[captured] = [parameter.grad for parameter in lora]
+
+    eager = outputs[False]
+    assert not torch.allclose(eager[0], eager[2]) and not torch.allclose(eager[0], eager[3])
+    torch.testing.assert_close(outputs[True], eager)
+    torch.testing.assert_close(gradients[True], gradients[False])
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_update_on_a_gpu_is_float32_on_one_device_and_reads_no_value(script):
     """Stable Diffusion's parts in fp16 on a fake GPU, where mixed devices or types raise an error.

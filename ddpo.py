@@ -59,8 +59,7 @@ def setting(default, help: str, shown=None):
 
 @dataclasses.dataclass
 class Config:
-    """The settings of a run. The defaults are those of the authors' LoRA code (ddpo-pytorch,
-    config/dgx.py), whose JPEG runs have 398 animals and a buffer of 16 instead."""
+    """The settings of a run. The defaults are those of ddpo-pytorch's config/dgx.py, for LoRA."""
     model: str = setting("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.x: hub id or folder")
     reward: str = setting("jpeg", f"{', '.join(rewards.REWARDS)}, or FILE.py:FUNCTION")
     reward_options: list[str] = dataclasses.field(
@@ -741,6 +740,8 @@ def parse(argv: list | None = None, config_class=Config) -> Config:
     flags = {name: value for name, value in flags.items() if value is not None}  # those given
     settings = {}
     if resume := flags.get("resume"):
+        if not Path(resume, "config.json").exists():
+            raise ValueError(f"cannot resume from {resume!r}: it has no config.json")
         settings = read_settings(Path(resume, "config.json"))
     if file := flags.pop("config", None):
         settings |= read_settings(file)

@@ -919,6 +919,8 @@ def parse(argv: list | None = None, config_class=Config) -> Config:
     flags = {name: value for name, value in flags.items() if value is not None}  # those given
     settings = {}
     if resume := flags.get("resume"):
+        if not Path(resume, "config.json").exists():
+            raise ValueError(f"cannot resume from {resume!r}: it has no config.json")
         settings = read_settings(Path(resume, "config.json"))
     if file := flags.pop("config", None):
         settings |= read_settings(file)

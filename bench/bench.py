@@ -11,10 +11,11 @@ compared with TRL's trainer.
     python bench/bench.py --memory        # the memory of Stable Diffusion, counted without a GPU
     python bench/bench.py --size sd --device cuda --precision fp16 --peer PYTHON  # see gpu.py
 
-All sizes but shapes have random weights. A cost is the CPU seconds of one thread, which other work
-on the machine disturbs least. Each number is the median over epochs. The peak memory is that of a
-process that does nothing else, with all that it has imported. The results are written to
-bench/results/bench-<size>-cpu-<precision>.json, and those of a GPU to bench/results/gpu.jsonl.
+All sizes but shapes have random weights. On a CPU a cost is the CPU seconds of one thread, which
+other work on the machine disturbs least; on a GPU it is seconds. Each number is the median over
+epochs. The peak memory is that of a process that does nothing else, on a CPU with all that it has
+imported. The results are written to bench/results/bench-<size>-cpu-<precision>.json, and those of a
+GPU to bench/results/gpu.jsonl.
 """
 import argparse
 import contextlib
@@ -251,6 +252,7 @@ def train_trl(config: ddpo.Config, epochs: int) -> list[dict]:
     must divide the samples of an epoch and of an update. TRL logs no KL."""
     from accelerate import PartialState
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+    torch.backends.cudnn.allow_tf32 = False  # as in ddpo.py
     on_cpu = config.device == "cpu"
     PartialState(cpu=on_cpu)  # without it the pipeline fails at a warning of its own
     samples_per_update = config.samples_per_epoch // config.updates_per_epoch
@@ -400,8 +402,8 @@ def main(argv: list | None = None):
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32",
                         help="default: fp32")
-    parser.add_argument("--epochs", type=int, default=5,
-                        help="number of epochs to take the median of (default: 5)")
+    parser.add_argument("--epochs", type=int,
+                        help="number of epochs to take the median of (default: 5; on a GPU 2)")
     parser.add_argument("--peer", metavar="PYTHON", help="Python of the environment with TRL")
     parser.add_argument("--memory", action="store_true", help="count memory, measure nothing")
     parser.add_argument("--results", type=Path, default=RESULTS,
@@ -416,14 +418,16 @@ def main(argv: list | None = None):
     device = options.device
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.epochs < 1:
+    if options.epochs is not None and options.epochs < 1:
         parser.error(f"--epochs ({options.epochs}) must be at least 1")
     command = " ".join(argv).replace(options.peer or "PYTHON", "PYTHON")
     if device == "cuda":
         if options.size not in ("sd", "tiny"):
-            parser.error(f"--size ({options.size}) must be sd or tiny on a GPU")
+            parser.error(f"--size ({options.size}) must be sd or tiny on a GPU; "
+                         "for the others add --device cpu")
         import gpu  # which imports this file
-        gpu.measure(options.size, device, options.precision, options.peer, options.results, command)
+        gpu.measure(options.size, device, options.precision, options.peer, options.results, command,
+                    options.epochs or 2)
         return None
     if options.peer and options.precision != "fp32":
         parser.error("--peer needs --precision fp32 on a CPU")
@@ -440,11 +444,12 @@ def main(argv: list | None = None):
     is_alone = in_child(sys.executable, "ddpo.py", config, epochs=1)
     sf_alone = in_child(sys.executable, "single_pass.py", sf_config, epochs=1)
     peaks = {"DDPO_IS": is_alone["memory_gb"], "single_pass.py": sf_alone["memory_gb"]}
-    rows = compare_parts(config, options.epochs, warm_up)
-    rows += compare_passes(sf_config, options.epochs, warm_up)
+    epochs = options.epochs or 5
+    rows = compare_parts(config, epochs, warm_up)
+    rows += compare_passes(sf_config, epochs, warm_up)
     versions = {}
     if options.peer:
-        peer_rows, peer_peaks, versions = compare_peer(config, options.epochs, options.peer)
+        peer_rows, peer_peaks, versions = compare_peer(config, epochs, options.peer)
         rows += peer_rows
         peaks |= peer_peaks
 

@@ -3,11 +3,12 @@
     python bench/bench.py --size sd --device cuda --precision fp16 --peer PYTHON
 
 Measured are the ceiling of the card (a large matrix product), UNet calls with diffusers' own
-attention processors and with LoRA, and epochs of ddpo.py and of TRL in turns, at 4 and at 16
-samples per call. Each measurement is a process of its own, with random weights that are made on the
-GPU, so that nothing large is written to disk. Operations are counted by PyTorch's FlopCounterMode.
-A share is that of the ceiling. The results are printed as tables, and added to bench/results/
-gpu.jsonl as a line.
+attention processors and with LoRA, and epochs of ddpo.py and of TRL, one after the other, at 4 and
+at 16 samples per call. The calls, and each trainer at each batch, have a process of their own, with
+random weights that are made on the GPU, so that nothing large is written to disk. Operations are
+counted by PyTorch's FlopCounterMode, which does not see LoRA's second product (addmm_); at rank 4
+that is little. `share` is the part of the ceiling that is reached. What is found goes to stderr at
+once, and in the end as tables to stdout and as a line to bench/results/gpu.jsonl.
 """
 import contextlib
 import dataclasses
@@ -32,6 +33,7 @@ import memory
 BATCHES = {"sd": (4, 16), "tiny": (2,)}  # samples per call
 ROWS = {"sd": (8, 32), "tiny": (4,)}  # of the UNet calls
 PRODUCT = {"cuda": 8192, "cpu": 256}  # side of the matrices
+PRODUCTS = 20  # between two looks at the clock
 EPOCH = {"sd": {"samples_per_epoch": 48, "steps": 4}, "tiny": {"samples_per_epoch": 4, "steps": 2}}
 WARM_UP = 3  # calls
 CALLS = 10  # of which the median is taken
@@ -90,12 +92,17 @@ def measure_ceiling(device: str, dtype: torch.dtype) -> float:
     """Measure the operations per second of a large matrix product."""
     n = PRODUCT[device]
     a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n**3 / median_seconds(lambda: a @ a, device)
+
+    def products():
+        for _ in range(PRODUCTS):
+            a @ a
+
+    return PRODUCTS * 2 * n**3 / median_seconds(products, device)
 
 
 def measure_calls(size: str, config: ddpo.Config) -> dict:
-    """Measure the ceiling and UNet calls -> {"ceiling": operations per second, "calls": rows of the
-    table, "operations": {rows: of a forward pass, of a forward and backward pass}}."""
+    """Measure the ceiling and UNet calls -> {"ceiling": operations per second, "calls": [[what,
+    rows, seconds, operations], ...]}."""
     device = config.device
     pipe = ddpo.load_pipeline(config)
     unet = pipe.unet
@@ -149,16 +156,18 @@ def measure_trl(config: ddpo.Config, epochs: int) -> dict:
     return {"epoch": bench.median(costs, "epoch"), "memory_gb": memory.peak(config.device)}
 
 
-def in_child(python: str, what: str, size: str, config: ddpo.Config, epochs: int = 2) -> dict:
+def in_child(python: str, what: str, size: str, config: ddpo.Config, epochs: int) -> dict:
     """Measure "calls", "ours" or "TRL" in a process of its own. Raises RuntimeError if it fails."""
     arguments = json.dumps([what, size, dataclasses.asdict(config), epochs])
     command = [python, __file__, arguments]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # TRL looks for LoRA of that name
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # else TRL asks the hub for LoRA named random
     done = subprocess.run(command, capture_output=True, text=True, env=offline, check=False)
     if done.returncode:
         raise RuntimeError(
             f"{python}, {what}: exit status {done.returncode}\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    found = done.stdout.splitlines()[-1]
+    print(f"{what}, batch {config.batch}: {found}", file=sys.stderr, flush=True)
+    return json.loads(found)
 
 
 def child(what: str, size: str, settings: dict, epochs: int):
@@ -226,27 +235,27 @@ def epoch_table(epochs: list[dict], ceiling: float) -> list[str]:
     return lines
 
 
-def measure(size: str, device: str, precision: str, peer: str | None, results: Path,
-            command: str) -> dict:
+def measure(size: str, device: str, precision: str, peer: str | None, results: Path, command: str,
+            epochs: int) -> dict:
     """Measure calls and epochs, print the tables, and add the result to results/gpu.jsonl."""
     start_time = time.time()
     config = ddpo.Config(model="random", device=device, precision=precision, guidance=5.0,
                          updates_per_epoch=1, **EPOCH[size])
-    calls = in_child(sys.executable, "calls", size, config)
-    epochs = []
+    calls = in_child(sys.executable, "calls", size, config, epochs)
+    of_batches = []
     for batch in BATCHES[size]:
         of_batch = dataclasses.replace(config, batch=batch)
         found = {"batch": batch, "operations": operations_of_an_epoch(of_batch, calls["calls"])}
+        found["ours"] = in_child(sys.executable, "ours", size, of_batch, epochs)
         if peer:
-            found["TRL"] = in_child(peer, "TRL", size, of_batch)
-        found["ours"] = in_child(sys.executable, "ours", size, of_batch)
-        epochs.append(found)
+            found["TRL"] = in_child(peer, "TRL", size, of_batch, epochs)
+        of_batches.append(found)
 
     print(f"a matrix product: {calls['ceiling'] / 1e12:.3g} TFLOP/s\n")
-    print("\n".join([*call_table(calls), "", *epoch_table(epochs, calls["ceiling"])]))
+    print("\n".join([*call_table(calls), "", *epoch_table(of_batches, calls["ceiling"])]))
     machine = torch.cuda.get_device_name() if device == "cuda" else "a CPU"
     result = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "command": command,
-              "settings": EPOCH[size], **calls, "epochs": epochs}
+              "settings": EPOCH[size], **calls, "epochs": of_batches}
     with open(results / "gpu.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
     print(f"{time.time() - start_time:.0f} s", file=sys.stderr)

@@ -416,11 +416,13 @@ class Effects:
         return opposite(self.gained(name, what, where, epoch))
 
     def ahead(self, one, other, what="strict", where="trained", last=3) -> Part | None:
-        """Compare two runs, seed by seed."""
+        """Compare two runs, seed by seed; None also if they share too few seeds."""
         if one not in self.found or other not in self.found:
             return None
         seeds = {kept["seed"] for kept in self.found[one]}
         seeds &= {kept["seed"] for kept in self.found[other]}
+        if len(seeds) < min(len(self.found[one]), min(STUDENT)):
+            return None
         values = []
         for name in (one, other):
             common = [kept for kept in self.found[name] if kept["seed"] in seeds]
@@ -543,8 +545,8 @@ def verdict(part: Part, least: float) -> str:
 
 
 def repeat(stored: dict, again: dict, count: int):
-    """Print whether the mean over `count` other seeds lies where the recorded seeds lead to expect
-    it in 95 of 100 cases."""
+    """Print whether the mean over `count` other seeds, or of the same on another device, lies where
+    the recorded seeds lead to expect that of other seeds in 95 of 100 cases."""
     before = stored["pre-trained"]
     recorded_claims = claims(before, finished(stored))
     new_claims = claims(before, finished(again, count))

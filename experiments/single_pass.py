@@ -125,8 +125,8 @@ def sample_and_trace(pipe, prompts: list, config: ddpo.Config, generators: list,
                         pipe, latents[i, k], t.expand(B), cond[i], uncond, noise[:, k + 1], config,
                         scaler, N * K)
             for trace, weight in zip(traces, weights):
-                by_call = weight.grad.unflatten(0, (-1, B))  # guidance: a row without the prompt
-                trace[i] = by_call.sum(0).cpu()
+                of_sample = weight.grad.unflatten(0, (-1, B))  # with guidance a sample has two rows
+                trace[i] = of_sample.sum(0).cpu()
             images += ddpo.decode(pipe, latents[i, K])
             bar.update(len(noise))
     rollout = ddpo.Rollout(prompts, cond, uncond, timesteps, latents, log_probs, images)

@@ -181,7 +181,7 @@ def test_a_process_of_its_own_also_measures_the_kl_in_the_log(config):
 # ---------- a GPU
 def test_the_command_for_a_gpu_runs_to_its_end(tmp_path, capsys):
     """At a tiny size, on a CPU and without its peer. Each process has random weights."""
-    result = gpu.measure("tiny", "cpu", "fp32", None, tmp_path, "the command")
+    result = gpu.measure("tiny", "cpu", "fp32", None, tmp_path, "the command", 1)
 
     line, = (tmp_path / "gpu.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line) == json.loads(json.dumps(result))

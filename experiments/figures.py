@@ -2,7 +2,8 @@
 
     python experiments/figures.py  # from results/claims.json and the folders of runs/claims/
 
-Four figures are plots of results/claims.json; they are legible at a width of 400 pixels. Bands and
+Four figures are plots of results/claims.json and one of results/noise.json; they are legible at a
+width of 400 pixels. Bands and
 bars are standard errors over the seeds. Three are copies of pictures of runs of seed 100, which are
 left as they are where the run's folder is not there.
 """
@@ -109,6 +110,57 @@ def plot_overoptimisation(before: dict, found: dict):
     figure.savefig(RESULTS / "overoptimisation.png", dpi=150)
 
 
+def plot_noise(measured: dict):
+    """Plot what noise.py found at each of 10 steps of the pre-trained policy, with its errors."""
+    figure, panels = axes(3, "The first steps decide the reward, and the last but one has most of "
+                             "the gradient's noise")
+    for i, task in enumerate(("jpeg", "location")):
+        found = measured[f"{task}, 10 steps, pre-trained"]
+        _, noise, ratio = np.swapaxes(found["steps"], 0, 1)  # (K, 2) each: value, error
+        share = noise / noise[:, 0].sum()
+        deviation = np.array(found["deviation"])
+        for axis, values in zip(panels, (ratio, share, deviation)):
+            positions = np.arange(10) + 0.4 * i
+            axis.bar(positions, values[:, 0], 0.4, yerr=values[:, 1], label=task)
+    units = "signal / noise", "share of the noise", "reward's deviation"
+    for axis, unit in zip(panels, units):
+        axis.set(ylabel=unit, xticks=np.arange(10) + 0.2, xticklabels=found["t"])
+    panels[0].legend()
+    panels[-1].set_xlabel("timestep t of the step")
+    figure.savefig(RESULTS / "noise.png", dpi=150)
+
+
+def noise_tables(measured: dict) -> list[str]:
+    """Write what noise.py found as two tables: the 10 steps of the pre-trained policy, and the SNR
+    of the whole gradient by rule of weights."""
+    jpeg = measured["jpeg, 10 steps, pre-trained"]
+    location = measured["location, 10 steps, pre-trained"]
+    noise = np.array([found[1][0] for found in jpeg["steps"]])
+    columns = {"share of the noise": [f"{share:.3f}" for share in noise / noise.sum()],
+               "in closed form": [f"{share:.3f}" for share in jpeg["closed form"]],
+               "SNR, `jpeg`": [plus_minus(found[2]) for found in jpeg["steps"]],
+               "deviation of `jpeg`, kB": [plus_minus(found) for found in jpeg["deviation"]],
+               "of alignment, location": [plus_minus(found) for found in location["deviation"]]}
+    lines = claims.header("t", *[str(t) for t in jpeg["t"]])
+    for name, cells in columns.items():
+        lines.append(claims.row(name, *cells))
+    title = "SNR of the whole gradient"
+    lines += ["", *claims.header(title, *jpeg["rules"], "largest shares of the noise")]
+    for name, found in sorted(measured.items()):
+        noise = np.array([step[1][0] for step in found["steps"]])
+        shares = [f"t = {found['t'][k]}: {noise[k] / noise.sum():.2f}"
+                  for k in noise.argsort()[:-3:-1]]
+        ratios = [plus_minus(rule[2]) for rule in found["rules"].values()]
+        lines.append(claims.row(name, *ratios, ", ".join(shares)))
+    return lines
+
+
+def plus_minus(found: list) -> str:
+    """Write a value and its error."""
+    value, error = found
+    return f"{value:.3f} ± {error:.3f}"
+
+
 def copy_pictures():
     """Copy pictures of runs of the first seed, where their folders are there."""
     for name, picture, copy in (
@@ -132,6 +184,9 @@ def main():
     plot_methods(before, found)
     plot_frontier(before, found)
     plot_overoptimisation(before, found)
+    measured = claims.load(RESULTS / "noise.json")["measured"]
+    plot_noise(measured)
+    print("\n".join(noise_tables(measured)))
     copy_pictures()
 
 

@@ -123,6 +123,21 @@ def test_lora_adds_few_kernel_launches_to_a_unet_call(script):
     assert launches_of_a_unet_call(script, False) <= stock
 
 
+def call_with_lora(script, config, captured=False):
+    """Load a pipeline with LoRA as training might leave it -> UNet, LoRA's parameters, and the
+    arguments of a call of `predict_noise`. A UNet is captured as one graph, which runs as it is."""
+    pipe = script.load_pipeline(config)
+    if captured:
+        pipe.unet.compile(backend="eager", fullgraph=True)
+    lora = script.add_lora(pipe.unet, 4)
+    rng = torch.Generator().manual_seed(1)
+    for parameter in lora:
+        torch.nn.init.normal_(parameter, generator=rng)
+    x_t = torch.randn(2, 4, 8, 8, generator=rng)
+    cond = script.encode_prompts(pipe, ["a red circle", "two blue squares"])
+    return pipe.unet, lora, (pipe.unet, x_t, torch.tensor([667, 334]), cond, cond[:1], 5.0)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_gradient_checkpointing_changes_no_gradient(script, tmp_path):
     """Blocks are computed again in the backward pass. By then the UNet was called without LoRA, as
@@ -131,17 +146,10 @@ def test_gradient_checkpointing_changes_no_gradient(script, tmp_path):
     gradients = {}
     for checkpointing in (False, True):
         changed = dataclasses.replace(config, gradient_checkpointing=checkpointing)
-        pipe = script.load_pipeline(changed)
-        lora = script.add_lora(pipe.unet, 4)
-        weights = torch.Generator().manual_seed(1)
-        for parameter in lora:
-            torch.nn.init.normal_(parameter, generator=weights)
-        x_t = torch.randn(2, 4, 8, 8, generator=weights)
-        cond = script.encode_prompts(pipe, ["a red circle", "two blue squares"])
-        t = torch.tensor([667, 334])
-        eps = script.predict_noise(pipe.unet, x_t, t, cond, cond[:1], guidance=5.0)
-        with torch.no_grad(), script.pretrained(pipe.unet):
-            script.predict_noise(pipe.unet, x_t, t, cond, cond[:1], guidance=5.0)
+        unet, lora, arguments = call_with_lora(script, changed)
+        eps = script.predict_noise(*arguments)
+        with torch.no_grad(), script.pretrained(unet):
+            script.predict_noise(*arguments)
         eps.square().sum().backward()
         gradients[checkpointing] = [parameter.grad for parameter in lora]
 
@@ -151,28 +159,19 @@ def test_gradient_checkpointing_changes_no_gradient(script, tmp_path):
 
 
 def test_a_captured_unet_call_follows_lora_like_an_eager_one(tmp_path):
-    """As one graph, which Dynamo captures and here runs as it is: with LoRA on, off, and changed by
-    an optimiser, with and without gradient. Nothing is baked into a graph."""
+    """With LoRA on, off, and changed by an optimiser, with and without gradient: nothing is baked
+    into a graph of Dynamo's."""
     config = ddpo.Config(model=str(bench.make_model("tiny", tmp_path)), device="cpu", steps=3)
     outputs, gradients = {}, {}
     for captured in (False, True):
-        pipe = ddpo.load_pipeline(config)
-        if captured:
-            pipe.unet.compile(backend="eager", fullgraph=True)
-        lora = ddpo.add_lora(pipe.unet, 4)
-        rng = torch.Generator().manual_seed(1)
-        for parameter in lora:
-            torch.nn.init.normal_(parameter, generator=rng)
-        x_t = torch.randn(2, 4, 8, 8, generator=rng)
-        cond = ddpo.encode_prompts(pipe, ["a red circle", "two blue squares"])
-        arguments = pipe.unet, x_t, torch.tensor([667, 334]), cond, cond[:1], 5.0
+        unet, lora, arguments = call_with_lora(ddpo, config, captured)
         outputs[captured] = []
         for _ in range(2):
             eps = ddpo.predict_noise(*arguments)
             eps.square().sum().backward()
             with torch.no_grad():
                 eps_sampling = ddpo.predict_noise(*arguments)
-                with ddpo.pretrained(pipe.unet):
+                with ddpo.pretrained(unet):
                     eps_pretrained = ddpo.predict_noise(*arguments)
                 for parameter in lora:
                     parameter.add_(0.1)

@@ -544,15 +544,15 @@ def add_lora(unet: nn.Module, rank: int, generator: torch.Generator | None = Non
     for name in unet.attn_processors:
         attn = unet.get_submodule(name.removesuffix(".processor"))
         processors[name] = LoRAAttnProcessor(attn, rank, generator)
-    unet.register_forward_pre_hook(partial(cast_lora, list(processors.values())))  # at each call
+    unet.register_forward_pre_hook(partial(cast_lora, nn.ModuleList(processors.values())))
     unet.set_attn_processor(processors)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
-def cast_lora(processors: list, unet: nn.Module, inputs: tuple):
-    """A forward pre-hook of the UNet: cast all A and B as one tensor, to launch few kernels."""
+def cast_lora(processors: nn.ModuleList, unet: nn.Module, inputs: tuple):
+    """Before each UNet call, as its hook: cast all A and B as one tensor, to launch few kernels."""
     if not processors[0].enabled:  # `pretrained` switches all of them
         return
-    weights = [weight for processor in processors for weight in processor.parameters()]
+    weights = list(processors.parameters())
     flat = torch.cat([weight.flatten() for weight in weights]).to(unet.conv_in.weight.dtype)
     copies = iter(flat.split([weight.numel() for weight in weights]))
     for processor in processors:

@@ -379,7 +379,7 @@ def compare_peer(config: ddpo.Config, turns: int, python: str) -> tuple[list, di
     our_epochs = [run["epoch"] for run in ours]
     without_kl = [run["epoch"] - run["kl"] for run in ours]
     peer_name = "an epoch, TRL 0.23.1"
-    rows = compare("an epoch, DDPO_IS, beside TRL's", our_epochs, peer_name, peer_epochs,
+    rows = compare("an epoch, DDPO_IS, next to TRL's", our_epochs, peer_name, peer_epochs,
                    "TRL's epoch")
     _, row_without_kl = compare("the same without the KL that is logged", without_kl, peer_name,
                                 peer_epochs, "TRL's epoch")
@@ -388,7 +388,7 @@ def compare_peer(config: ddpo.Config, turns: int, python: str) -> tuple[list, di
     batch_of_trl = min(config.batch, config.samples_per_epoch // config.updates_per_epoch)
     same_batch = dataclasses.replace(config, batch=batch_of_trl)
     with_trl_rows = in_child(sys.executable, "ddpo.py", same_batch, epochs=1)
-    peaks = {"ours beside TRL": median(ours, "memory_gb"), "TRL": median(peers, "memory_gb"),
+    peaks = {"ours next to TRL": median(ours, "memory_gb"), "TRL": median(peers, "memory_gb"),
              "ours with TRL's rows": with_trl_rows["memory_gb"]}
     return rows, peaks, {"ours": ours[0]["versions"], "TRL": peers[0]["versions"]}
 

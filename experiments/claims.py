@@ -449,7 +449,7 @@ def ddpo_claims(effects: Effects) -> list[Claim]:
     """List the claims of DDPO's sections 6.1, 6.2 and appendix A, and of its Fig. 4."""
     gained, lost, ahead = effects.gained, effects.lost, effects.ahead
     made = [
-        Claim("DDPO 6.1", "DDPO makes JPEGs smaller or larger as it is asked, kB", 0, {
+        Claim("DDPO 6.1", "DDPO changes the size of JPEGs in the rewarded direction, kB", 0, {
             "smaller": lost("DDPO jpeg", "size"),
             "larger": gained("DDPO incompressibility", "size")}),
         Claim("DDPO 6.2", "DDPO raises alignment, strict accuracy by 0.15 or more", 0.15, {
@@ -480,7 +480,7 @@ def ddpo_claims(effects: Effects) -> list[Claim]:
     lost_size = {"`--kl_weight`": lost("DDPO jpeg kl_weight", "size"),
                  "`--max_kl`": lost("DDPO jpeg max_kl", "size"),
                  "stopped after epoch 12": lost("DDPO jpeg", "size", epoch=12)}
-    text = "With a remedy, DDPO on `jpeg` keeps strict accuracy: above −0.1"
+    text = "A remedy limits the loss of strict accuracy on `jpeg` to 0.1"
     made.append(Claim("DDPO A", text, -0.1, kept_accuracy))
     text = "With a remedy, DDPO on `jpeg` still makes files smaller, kB"
     made.append(Claim("DDPO A", text, 0, lost_size))
@@ -498,7 +498,7 @@ def dpok_claims(effects: Effects) -> list[Claim]:
         text = f"DPOK ends better than {title}, strict accuracy"
         parts = {kind: ahead(f"RL {kind}", f"{other} {kind}") for kind in UNSEEN}
         made.append(Claim(section, text, 0, parts))
-    text = ("DPOK ends better with its value function, centred, than with no baseline, "
+    text = ("DPOK ends better with its centred value function than with no baseline, "
             "strict accuracy")
     parts = {"location": ahead("RL location", "no value location")}
     made.append(Claim("DPOK A.5", text, 0, parts))
@@ -508,17 +508,17 @@ def dpok_claims(effects: Effects) -> list[Claim]:
 def transfer_claims(effects: Effects) -> list[Claim]:
     """List the claims on prompts that were not trained on."""
     gained, lost, ahead = effects.gained, effects.lost, effects.ahead
-    text = "DPOK raises prompts never trained on, a word apart, strict accuracy"
+    text = "DPOK raises strict accuracy of unseen prompts that differ by one word"
     parts = {kind: gained(f"RL {kind}", where="unseen") for kind in UNSEEN}
     return [
         Claim("DPOK Fig. 10", text, 0, parts),
-        Claim("DDPO 6.3", "DDPO on `jpeg` makes files of captions never trained on smaller, kB",
+        Claim("DDPO 6.3", "DDPO on `jpeg` makes files of unseen captions smaller, kB",
               0, {"": lost("DDPO jpeg", "size", "unseen")}),
         Claim("after DPOK 5.3",
               "DPOK on `jpeg`, β 0: strict accuracy of other prompts is lost, 0.15 or more",
               0.15, {"": lost("jpeg beta 0", where="other")}),
         Claim("after DPOK 5.3",
-              "DPOK on `jpeg`, β 0.5: other prompts keep strict accuracy: above −0.1",
+              "DPOK on `jpeg`, β 0.5: other prompts lose at most 0.1 of strict accuracy",
               -0.1, {"": gained("jpeg beta 0.5", where="other")}),
         Claim("after DPOK 5.3", "DPOK on `jpeg`, β 0.5: files of its own prompt get smaller, kB",
               0, {"": lost("jpeg beta 0.5", "size")}),

@@ -2,10 +2,9 @@
 
     python experiments/figures.py  # from results/claims.json and the folders of runs/claims/
 
-Four figures are plots of results/claims.json and one of results/noise.json; they are legible at a
-width of 400 pixels. Bands and
-bars are standard errors over the seeds. Three are copies of pictures of runs of seed 100, which are
-left as they are where the run's folder is not there.
+Five figures are plots of results/claims.json and one of results/noise.json. They are legible at a
+width of 400 pixels. Bands and bars are standard errors over the seeds. Three more are copies of
+pictures of runs of seed 100. They are left unchanged if the folder of the run is missing.
 """
 import shutil
 import sys
@@ -55,10 +54,25 @@ def plot_fig4(before: dict, found: dict):
     figure.savefig(RESULTS / "fig4.png", dpi=150)
 
 
+def plot_curve(before: dict, found: dict):
+    """Plot how the reward for a caption rises in training, for both scripts."""
+    figure, (axis,) = axes(1, "Reward of sampled images, mean of eight seeds")
+    for script, name in {"ddpo.py": "DDPO count", "dpok.py": "RL count"}.items():
+        values = np.array([kept["reward_mean"] for kept in found[name]])  # (seeds, epochs)
+        mean, error = values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5
+        epochs = np.arange(1, len(mean) + 1)
+        axis.plot(epochs, mean, label=script)
+        axis.fill_between(epochs, mean - error, mean + error, alpha=0.3)
+    axis.set(xlabel="epoch (64 images each)", ylabel=f"alignment, “{KINDS['count']}”")
+    axis.set_xticks(range(0, len(mean) + 1, 5))
+    axis.legend()
+    figure.savefig(RESULTS / "curve.png", dpi=150)
+
+
 def plot_methods(before: dict, found: dict):
     """Plot strict accuracy by method for each kind of prompt."""
     figure, (axis,) = axes(
-        1, "DPOK draws its prompt right more often than supervised training does")
+        1, "DPOK follows its prompt more often than supervised training does")
     positions = np.arange(len(KINDS))
     start = [before[kind]["trained"]["strict"] for kind in KINDS]
     axis.bar(positions, start, 0.18, label="pre-trained")
@@ -180,6 +194,7 @@ def main():
     missing = [name for name in claims.RUNS if name not in found]
     if missing:
         sys.exit(f"figures.py: error: claims.py has not finished {', '.join(missing)}")
+    plot_curve(before, found)
     plot_fig4(before, found)
     plot_methods(before, found)
     plot_frontier(before, found)

@@ -12,7 +12,7 @@ the jackknife's; near a signal of 0 they are too large by nearly a half.
 In closed form grad log p = (z / sigma_k) c_k grad eps, with z ~ N(0, I) and c_k = d mean / d eps.
 If eps were equally sensitive to the weights at all steps, step k's share of the noise would be
 (c_k / sigma_k)^2 over the sum of these. `deviation` is the reward's standard deviation when the
-noise of step k alone is drawn again, as in TempFlow-GRPO (arXiv:2508.04324) for flows. Its error is
+noise of step k alone is resampled, as in TempFlow-GRPO (arXiv:2508.04324) for flows. Its error is
 rough at the last steps, where few images change.
 """
 import shutil
@@ -97,8 +97,8 @@ def finish(pipe, x_t: Tensor, first: int, noise: Tensor, cond: Tensor, uncond: T
 
 
 def deviations(pipe, prompts: list, reward_fn, config) -> list:
-    """Draw the noise of each step alone again -> of each step [the reward's deviation, its error].
-    The mean square of the difference of two draws is twice the variance."""
+    """Resample the noise of each step alone -> of each step [the reward's deviation, its error].
+    The mean square of the difference of two samples is twice the variance."""
     rng = ddpo.generator(config.seed, 999_999, 0)  # no training has this epoch
     cond, uncond = ddpo.encode_prompts(pipe, prompts), ddpo.encode_prompts(pipe, [""])
     side = pipe.unet.config.sample_size

@@ -15,8 +15,7 @@ Differences from the paper:
 4. The sampler, which the paper does not name, is that of the authors' code: DDIM with eta = 1.
 5. As in that code, advantages are clipped to +-5, and a prompt's own statistics need 16 rewards.
 6. The paper prints (DDPO_IS) as exact. With one ratio per step it is so only at theta_old.
-7. Added against over-optimisation (appendix A): a KL penalty, and early stopping by the KL.
-8. In experiments/, not here: reward-weighted regression, rwr.py, and the 398 animals of ImageNet.
+7. Added, off by default: a KL penalty, early stopping by the KL, and weights of the steps.
 """
 import csv
 import dataclasses
@@ -68,8 +67,7 @@ class Config:
     algo: Literal["is", "sf"] = setting("is", "estimator: DDPO_IS (is) or DDPO_SF (sf)")
     epochs: int = setting(100, "number of epochs; code: 100 for JPEG rewards, 200 for the others")
     samples_per_epoch: int = setting(256, "images sampled per epoch; paper: 256")
-    updates_per_epoch: int | None = setting(
-        None, "optimiser steps per epoch; paper: as here", "4, with --algo sf 1")
+    updates_per_epoch: int | None = setting(None, "optimiser steps; paper: as here", "4, for sf 1")
     batch: int = setting(4, "samples or pairs per UNet call; guidance doubles the rows")
     steps: int = setting(50, "denoising steps; paper: 50")
     guidance: float = setting(5.0, "weight w of classifier-free guidance, 1 for none; paper: 5")
@@ -81,6 +79,7 @@ class Config:
     advantage_clip: float = setting(5.0, "clip range of the advantage; code: 5; paper: none")
     buffer_size: int = setting(32, "rewards remembered per prompt; code: 32, for JPEG rewards 16")
     min_count: int = setting(16, "rewards that a prompt's own statistics need; code: 16")
+    noise_aware: bool = setting(False, "weight the steps by noise_weights; paper: no")
     kl_weight: float = setting(0.0, "weight of the KL to the pre-trained model; paper: none")
     max_kl: float = setting(0.0, "stop when the mean KL of five epochs is above this, 0 for never")
     rank: int = setting(4, "rank of LoRA; code: 4")
@@ -109,9 +108,8 @@ class Config:
         if self.min_count > self.buffer_size:
             raise ValueError(f"min_count ({self.min_count}) must be at most buffer_size")
         if self.samples_per_epoch % (WORLD_SIZE * self.updates_per_epoch):
-            raise ValueError(
-                f"samples_per_epoch ({self.samples_per_epoch}) must be divisible by the number of "
-                f"processes ({WORLD_SIZE}) times updates_per_epoch ({self.updates_per_epoch})")
+            raise ValueError(f"samples_per_epoch ({self.samples_per_epoch}) must be divisible by "
+                             f"{WORLD_SIZE} (processes) times {self.updates_per_epoch} (updates)")
 
 # ---------- the MDP: one denoising step is a Gaussian (section 4.3)
 def predict_noise(unet: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor,
@@ -148,6 +146,14 @@ def policy(pipe, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, config: C
     eps = predict_noise(pipe.unet, x_t, t, cond, uncond, config.guidance)
     return step_distribution(pipe.scheduler, eps, t, x_t, config.eta)
 
+def noise_weights(scheduler, eta: float) -> Tensor:
+    """Compute the weights of the K steps for --noise_aware, sigma_k scaled to mean 1 -> (K,).
+    grad log p is (z / sigma_k) c_k grad eps, with z ~ N(0, I) and c_k = d mean / d eps. It varies
+    most where sigma_k is small. TempFlow-GRPO (arXiv:2508.04324) weights flows in this way."""
+    zero = torch.zeros(1, device=scheduler.timesteps.device)
+    _, sigma = step_distribution(scheduler, zero, scheduler.timesteps, zero, eta)
+    return (sigma / sigma.mean()).flatten()
+
 def log_prob(x_prev: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
     """Compute log N(x_{t-1}; mean, sigma^2), averaged over the D elements of a latent -> (B,).
 
@@ -182,7 +188,6 @@ def sample(pipe, prompts: list, config: Config, generators: list, title="samplin
     """Sample x_T ~ N(0, I) and K actions x_{t-1} ~ p_theta(x_{t-1} | x_t, c), and decode x_0.
     `generators` has one for each of the N prompts. Raises ValueError for non-finite numbers."""
     pipe.scheduler.set_timesteps(config.steps, device=pipe.device)
-    timesteps = pipe.scheduler.timesteps
     N, K = len(prompts), config.steps
     size = pipe.unet.config.sample_size
     cond = encode_prompts(pipe, prompts)
@@ -196,14 +201,14 @@ def sample(pipe, prompts: list, config: Config, generators: list, title="samplin
             noise = [torch.randn(latents.shape[1:], generator=g) for g in generators[i]]
             noise = torch.stack(noise).to(pipe.device)  # (B, K + 1, 4, H, W)
             latents[i, 0] = noise[:, 0]  # x_T
-            for k, t in enumerate(timesteps):
+            for k, t in enumerate(pipe.scheduler.timesteps):
                 t = t.expand(len(noise))  # (B,)
                 mean, sigma = policy(pipe, latents[i, k], t, cond[i], uncond, config)
                 latents[i, k + 1] = mean + sigma * noise[:, k + 1]  # the action x_{t-1}
                 log_probs[i, k] = log_prob(latents[i, k + 1], mean, sigma)
             images += decode(pipe, latents[i, K])
             bar.update(len(noise))
-    return Rollout(prompts, cond, uncond, timesteps, latents, log_probs, images)
+    return Rollout(prompts, cond, uncond, pipe.scheduler.timesteps, latents, log_probs, images)
 
 class PromptStatistics:
     """Standardise rewards per prompt, in place of a value function (D.3): by the prompt's last
@@ -281,7 +286,10 @@ def train(config: Config) -> Path:
 
         # 3. Advantages: the rewards, standardised per prompt (D.3)
         advantage = statistics.update(prompts, reward)[local].to(pipe.device)
-        advantage.clamp_(-config.advantage_clip, config.advantage_clip)
+        advantage = advantage.clamp(-config.advantage_clip, config.advantage_clip)
+        advantage = advantage[:, None].expand(-1, K)  # one for each step
+        if config.noise_aware:
+            advantage = advantage * noise_weights(pipe.scheduler, config.eta)
 
         # 4. Update: one optimiser step per group of samples, at all of their steps (D.1, D.5)
         infos, grad_norms = [], []
@@ -296,10 +304,10 @@ def train(config: Config) -> Path:
                     log_prob_new = log_prob(x_prev, mean, sigma)
                     log_prob_old = rollout.log_probs[i, k]
                     if config.algo == "sf":
-                        loss, info = score_function_loss(log_prob_new, advantage[i])
+                        loss, info = score_function_loss(log_prob_new, advantage[i, k])
                     else:
                         loss, info = importance_sampling_loss(
-                            log_prob_new, log_prob_old, advantage[i], config.clip_range)
+                            log_prob_new, log_prob_old, advantage[i, k], config.clip_range)
                     if config.kl_weight:
                         with torch.no_grad(), pretrained(pipe.unet):
                             mean_pre, _ = policy(pipe, *state, config)
@@ -359,7 +367,7 @@ def kl_to_pretrained(pipe, rollout: Rollout, config: Config, rng: torch.Generato
 # ---------- LoRA: W x + B A x in the attention layers (arXiv:2106.09685)
 class LoRAAttnProcessor(nn.Module):
     """A diffusers attention processor: to_q, to_k, to_v and to_out[0] yield W x + B A x. A (rank,
-    in) is Gaussian and B (out, rank) zero at first, so LoRA changes nothing. Both are float32."""
+    in) is at first Gaussian, as in the authors' code, and B (out, rank) zero. Both are float32."""
 
     def __init__(self, attn, rank: int, generator: torch.Generator | None = None):
         super().__init__()
@@ -368,10 +376,9 @@ class LoRAAttnProcessor(nn.Module):
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         layers = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out": attn.to_out[0]}
         for name, layer in layers.items():
-            A = torch.randn(rank, layer.in_features, generator=generator) / rank  # as in the code
-            self.A[name] = nn.Parameter(A.to(layer.weight.device))
-            B = torch.zeros(layer.out_features, rank, device=layer.weight.device)
-            self.B[name] = nn.Parameter(B)
+            A = torch.randn(rank, layer.in_features, generator=generator) / rank
+            self.A[name] = nn.Parameter(A)
+            self.B[name] = nn.Parameter(torch.zeros(layer.out_features, rank))
 
     def project(self, name: str, layer: nn.Linear, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)  # addmm_ takes only matrices
@@ -396,7 +403,7 @@ def add_lora(unet: nn.Module, rank: int, generator: torch.Generator | None = Non
     processors = {}
     for name in unet.attn_processors:
         attn = unet.get_submodule(name.removesuffix(".processor"))
-        processors[name] = LoRAAttnProcessor(attn, rank, generator)
+        processors[name] = LoRAAttnProcessor(attn, rank, generator).to(unet.device)
     unet.register_forward_pre_hook(partial(cast_lora, nn.ModuleList(processors.values())))
     unet.set_attn_processor(processors)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -424,8 +431,6 @@ def pretrained(unet: nn.Module):
 
 def save_lora(unet: nn.Module, folder: Path):
     """Write LoRA in diffusers' own format. Raises ValueError."""
-    for file in folder.glob(".tmp*"):  # safetensors leaves one when it is killed
-        file.unlink()
     weights = {}
     for name, processor in unet.attn_processors.items():
         for layer in processor.A:
@@ -507,10 +512,9 @@ def decode(pipe, x_0: Tensor) -> list:
     """Decode latents (B, 4, H, W) -> B PIL images. Raises ValueError for non-finite numbers."""
     vae = pipe.vae
     pixels = vae.decode(x_0.to(vae.dtype) / vae.config.scaling_factor).sample.float()
-    for network, output in {"UNet": x_0, "VAE": pixels}.items():
-        if not output.isfinite().all():  # it would make black images
-            raise ValueError(f"the {network}'s output in {vae.dtype} has infinite or NaN values; "
-                             "use --precision fp32 or, if it happens during training, a lower --lr")
+    if not pixels.isfinite().all():  # they would be black images
+        raise ValueError(f"the images in {vae.dtype} have infinite or NaN values; use "
+                         "--precision fp32 or, if it happens during training, a lower --lr")
     return pipe.image_processor.postprocess(pixels)
 
 # ---------- a run: --resume reads config.json and checkpoint.pt, and repeats the epoch cut off
@@ -581,11 +585,10 @@ def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> Simple
     """Try a UNet call, load the checkpoint, make the folder -> the run. Raises ValueError."""
     with rewards.user_error(f"cannot train model {config.model!r}",
                             "use Stable Diffusion 1.x, a lower --batch, --gradient_checkpointing"):
-        rows = min(config.batch, config.samples_per_epoch * config.steps)
         size = pipe.unet.config.sample_size
-        x_t = torch.zeros(rows, 4, size, size, device=pipe.device)
-        t = torch.zeros(rows, device=pipe.device)
-        cond = encode_prompts(pipe, [""] * rows)
+        x_t = torch.zeros(config.batch, 4, size, size, device=pipe.device)
+        t = torch.zeros(config.batch, device=pipe.device)
+        cond = encode_prompts(pipe, [""] * config.batch)
         predict_noise(pipe.unet, x_t, t, cond, cond[:1], config.guidance).sum().backward()
         pipe.unet.zero_grad()
     saved = read_checkpoint(config)
@@ -608,8 +611,7 @@ def start_run(config: Config, pipe, prompts: list, reward_fn, **parts) -> Simple
     if RANK > 0:
         return run
     with rewards.user_error(f"cannot make {str(folder)!r}", "choose another --out"):
-        folder.mkdir(parents=True, exist_ok=bool(config.out or config.resume))
-        (folder / "samples").mkdir(exist_ok=True)
+        (folder / "samples").mkdir(parents=True, exist_ok=bool(config.out or config.resume))
     with rewards.replacing(folder / "prompts.txt") as new_file:
         new_file.write_text("\n".join(prompts), encoding="utf-8")
     settings = dataclasses.asdict(config) | {"out": "", "resume": ""}
@@ -686,14 +688,12 @@ def save_pictures(run: SimpleNamespace):
     prompts = [run.prompts[i % len(run.prompts)] for i in range(16)]
     generators = [generator(run.config.seed, 0, i) for i in range(16)]
     images = sample(run.pipe, prompts, run.config, generators, "pictures").images
-    captions = []
-    for prompt, reward in zip(prompts, run.reward_fn(images, prompts).tolist()):
-        width = 32 if prompt.isascii() else 16  # characters per line
-        captions.append(f"epoch {epoch}: {reward:.3f}\n{textwrap.fill(prompt, width)}")
-    bottom = 24 + 18 * max(caption.count("\n") for caption in captions)
     tiles = []
-    for image, prompt, caption in zip(images, prompts, captions):
-        tile = ImageOps.expand(image.resize((256, 256), Image.BOX), (4, 4, 4, bottom), "white")
+    for image, prompt, reward in zip(images, prompts, run.reward_fn(images, prompts).tolist()):
+        width = 32 if prompt.isascii() else 16  # characters per line
+        text = textwrap.fill(prompt, width, max_lines=3, placeholder=" ...")
+        caption = f"epoch {epoch}: {reward:.3f}\n{text}"
+        tile = ImageOps.expand(image.resize((256, 256), Image.BOX), (4, 4, 4, 78), "white")
         ImageDraw.Draw(tile).text((4, 262), caption, "black", rewards.caption_font(prompt))
         tiles.append(tile)
     with rewards.replacing(run.folder / "samples" / f"epoch_{epoch:04d}.png") as new_file:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import shutil
 import socket
 import subprocess
@@ -563,14 +562,16 @@ def test_advantages_of_a_worked_example():
     prompts = ["cat"] * 16 + ["dog"] * 4
     assert advantages(ddpo.PromptStatistics(32, 16), prompts, *[0.1] * 20) == [0.0] * 20
 
+@pytest.mark.parametrize("noise_aware", [False, True])
 @pytest.mark.parametrize("algo, updates", [("is", 2), ("sf", 1)])
-def test_an_epoch_of_training_is_the_algorithm_done_one_pair_at_a_time(algo, updates, config):
+def test_an_epoch_of_training_is_the_algorithm_done_one_pair_at_a_time(
+        algo, updates, noise_aware, config):
     """Eight samples of three steps. An update sees all steps of its block of samples, in chunks of
     which the last is smaller. The settings make every factor show; with seed 2 no gradient is so
     small that its sign is a rounding error."""
     c = dataclasses.replace(
         config, algo=algo, updates_per_epoch=updates, epochs=1, kl_weight=0.5, seed=2, eta=0.6,
-        advantage_clip=0.8, clip_range=1e-3, weight_decay=0.5, batch=5)
+        advantage_clip=0.8, clip_range=1e-3, weight_decay=0.5, batch=5, noise_aware=noise_aware)
     trained = ddpo.train(c)
 
     # Setup: the same model, LoRA, prompts and trajectories
@@ -586,16 +587,18 @@ def test_an_epoch_of_training_is_the_algorithm_done_one_pair_at_a_time(algo, upd
     advantage = ddpo.PromptStatistics(c.buffer_size, c.min_count).update(prompts, reward)
     assert (advantage.abs() > 0.8).any()
     advantage = advantage.clamp(-0.8, 0.8)
+    weights = step_weights(pipe, c)
     norms = []
     for block in torch.arange(8).chunk(updates):
         pairs = torch.cartesian_prod(block, torch.arange(3))
         for i, k in pairs:
             log_prob, kl = at(pipe, rollout, i[None], k[None], c)
-            gain = advantage[i] * log_prob
+            A = advantage[i] * weights[k]
+            gain = A * log_prob
             if algo == "is":
                 ratio = (log_prob - rollout.log_probs[i, k]).exp()
                 clipped = ratio.clamp(1 - c.clip_range, 1 + c.clip_range)
-                gain = torch.min(ratio * advantage[i], clipped * advantage[i])
+                gain = torch.min(ratio * A, clipped * A)
             ((c.kl_weight * kl - gain) / len(pairs)).backward()
         norms.append(nn.utils.clip_grad_norm_(lora, c.max_grad_norm).item())
         optimizer.step()
@@ -603,6 +606,16 @@ def test_an_epoch_of_training_is_the_algorithm_done_one_pair_at_a_time(algo, upd
 
     # Comparison: Adam moves each weight by about lr = 0.01
     assert_same_lora(trained, lora, [np.mean(norms)], 3e-4)
+
+def step_weights(pipe, c):
+    """The weights of the steps: 1 or, noise-aware, proportional to sigma (its formula) -> (K,)."""
+    if not c.noise_aware:
+        return torch.ones(c.steps)
+    abar = pipe.scheduler.alphas_cumprod
+    t = pipe.scheduler.timesteps
+    abar_t, abar_prev = abar[t], abar[(t - 1000 // c.steps).clamp(min=0)]
+    sigma = ((1 - abar_prev) / (1 - abar_t) * (1 - abar_t / abar_prev)).sqrt()
+    return sigma / sigma.mean()
 
 def assert_same_lora(folder, lora, norms, tolerance):
     """The LoRA of a run and its mean gradient norms are those of the reference."""
@@ -681,12 +694,13 @@ def start_by_hand(c):
     optimizer = torch.optim.AdamW(lora, c.lr, weight_decay=c.weight_decay)
     return pipe, lora, optimizer, dpok.load_prompts(c.prompts)
 
-def test_two_epochs_of_dpok_are_algorithm_1_done_one_pair_at_a_time(dpok_config):
+@pytest.mark.parametrize("noise_aware", [False, True])
+def test_two_epochs_of_dpok_are_algorithm_1_done_one_pair_at_a_time(noise_aware, dpok_config):
     """Eight samples of two prompts, two updates of 12 random pairs in chunks of 5, 5 and 2: alpha
     times the clipped ratio times r - V, centred, and beta times the step's KL; then V is fitted."""
     c = dataclasses.replace(
         dpok_config, alpha=3.0, beta=0.5, clip_range=0.05, max_grad_norm=1e9, eta=0.7, batch=5,
-        lr=3e-3, weight_decay=0.5, value_lr=1e-2, value_steps=2)
+        lr=3e-3, weight_decay=0.5, value_lr=1e-2, value_steps=2, noise_aware=noise_aware)
     trained = dpok.train(c)
 
     # Setup: the same model, LoRA and value network
@@ -709,7 +723,7 @@ def test_two_epochs_of_dpok_are_algorithm_1_done_one_pair_at_a_time(dpok_config)
         states = rollout.latents[i, k], z[i], k
         returns = reward[i]
         advantage = returns - value_network(*states).detach()
-        advantage = advantage - advantage.mean()
+        advantage = (advantage - advantage.mean()) * step_weights(pipe, c)[k]
         norms = []
         for rows in torch.randperm(24, generator=rng).split(12):
             for row in rows:
@@ -986,7 +1000,7 @@ def test_a_resumed_run_of_algorithm_2_keeps_its_data(dpok_config, tmp_path, caps
     expected = [pictures, data, data, pictures] + [evaluation] * 6  # three prompts, two models
     assert sys.modules["reward_own"].calls == expected
 
-def test_a_finished_run_can_be_made_longer_and_a_damaged_one_is_refused(config, tmp_path, capsys):
+def test_a_finished_run_can_be_made_longer(config, tmp_path):
     longer = tmp_path / "longer"
     at_once = tmp_path / "at_once"
     assert ddpo.main(flags(config, out=longer)) == 0
@@ -994,26 +1008,6 @@ def test_a_finished_run_can_be_made_longer_and_a_damaged_one_is_refused(config, 
     assert ddpo.main(["--resume", str(longer), "--epochs", "3"]) == 0
     assert contents(longer)["log.csv"] == contents(at_once)["log.csv"]
     assert (longer / LORA).read_bytes() == (at_once / LORA).read_bytes()
-
-    file = longer / "checkpoint.pt"
-    whole = file.read_bytes()
-    saved = torch.load(file, weights_only=True)
-
-    def cut():
-        file.write_bytes(whole[:5000])
-
-    def other_pickle():
-        file.write_bytes(pickle.dumps({"log": Path}))
-
-    def other_shape():
-        torch.save(saved | {"lora": {"0": torch.zeros(1)}}, file)
-
-    for damage in (cut, other_pickle, other_shape):
-        damage()
-        before = {path: path.read_bytes() for path in longer.rglob("*") if path.is_file()}
-        assert ddpo.main(["--resume", str(longer)]) == 2
-        assert "cannot resume from" in last_error(capsys)
-        assert before == {path: path.read_bytes() for path in longer.rglob("*") if path.is_file()}
 
 
 # ---------- runs in processes of their own, which are started before all tests
@@ -1059,7 +1053,8 @@ def started(request, pipeline, tmp_path_factory):
         for script, make_config, moment in (("ddpo.py", small_config, 0),
                                             ("dpok.py", small_dpok_config, 0.3)):
             folder = tmp_path_factory.mktemp("started")
-            c = dataclasses.replace(make_config(pipeline, folder), epochs=4, sample_every=2)
+            c = dataclasses.replace(make_config(pipeline, folder), epochs=4, sample_every=2,
+                                    noise_aware=script == "dpok.py")
             runs["killed", script] = c, background.submit(run_and_kill, script, c, moment)
             folder = tmp_path_factory.mktemp("started")
             name = own_reward(folder, """
@@ -1067,7 +1062,8 @@ def started(request, pipeline, tmp_path_factory):
                 def reward(images, prompts):
                     return [float(np.asarray(image).mean()) for image in images]""")
             c = make_config(pipeline, folder)
-            c = dataclasses.replace(c, reward=name, batch=3, lr=1e-3, clip_range=0.1)
+            c = dataclasses.replace(c, reward=name, batch=3, lr=1e-3, clip_range=0.1,
+                                    noise_aware=script == "ddpo.py")
             runs["two", script] = c, background.submit(run_on_two_processes, script, c)
         yield runs
 

@@ -78,9 +78,9 @@ def lora_of_each(unet: nn.Module, count: int):
 
 
 def sample_step(pipe, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, noise: Tensor,
-                config: ddpo.Config, scaler, pairs: int) -> tuple[Tensor, Tensor]:
-    """Sample one action x_{t-1} and differentiate its log-probability, divided by `pairs` = N K and
-    times the scale of fp16's loss, into the LoRA weights of each input.
+                config: ddpo.Config, scaler, weight: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """Sample one action x_{t-1} and differentiate its log-probability into the LoRA weights of each
+    input: times the `weight` of its step, divided by `pairs` = N K, times the scale of fp16's loss.
 
     x_t, noise (B, 4, H, W), t (B,), cond (B, L, E), uncond (1, L, E) -> x_{t-1} (B, 4, H, W),
     log_prob (B,). Nothing of the step's graph is kept.
@@ -89,7 +89,7 @@ def sample_step(pipe, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, nois
         mean, sigma = ddpo.policy(pipe, x_t, t, cond, uncond, config)
         x_prev = (mean + sigma * noise).detach()  # the action is data
         log_prob = ddpo.log_prob(x_prev, mean, sigma)
-        scaler.scale(log_prob.sum() / pairs).backward()
+        scaler.scale(weight * log_prob.sum() / pairs).backward()
     return x_prev, log_prob.detach()
 
 
@@ -98,13 +98,17 @@ def sample_and_trace(pipe, prompts: list, config: ddpo.Config, generators: list,
                      scaler) -> tuple[ddpo.Rollout, list[Tensor]]:
     """Sample as `ddpo.sample` does, and collect the trace e_i / (N K) of each of this process's N
     samples, times the scale of fp16's loss -> the Rollout, and for each LoRA parameter the traces
-    (N, *shape), on the CPU. Raises ValueError for non-finite numbers."""
+    (N, *shape), on the CPU. With `--noise_aware`, step k's term of e_i is multiplied
+    by noise_weights[k]. Raises ValueError for non-finite numbers."""
     pipe.scheduler.set_timesteps(config.steps, device=pipe.device)
     timesteps = pipe.scheduler.timesteps
     N, K = len(prompts), config.steps
     size = pipe.unet.config.sample_size
     cond = ddpo.encode_prompts(pipe, prompts)
     uncond = ddpo.encode_prompts(pipe, [""])
+    step_weights = torch.ones(K, device=pipe.device)
+    if config.noise_aware:
+        step_weights = ddpo.noise_weights(pipe.scheduler, config.eta)
     latents = torch.empty(N, K + 1, 4, size, size, device=pipe.device)
     log_probs = torch.empty(N, K, device=pipe.device)
     images = []
@@ -123,7 +127,7 @@ def sample_and_trace(pipe, prompts: list, config: ddpo.Config, generators: list,
                     # e_i += grad log p_theta(x_{t-1} | x_t, c_i)
                     latents[i, k + 1], log_probs[i, k] = sample_step(
                         pipe, latents[i, k], t.expand(B), cond[i], uncond, noise[:, k + 1], config,
-                        scaler, N * K)
+                        scaler, step_weights[k], N * K)
             for trace, weight in zip(traces, weights):
                 of_sample = weight.grad.unflatten(0, (-1, B))  # with guidance a sample has two rows
                 trace[i] = of_sample.sum(0).cpu()

@@ -341,7 +341,7 @@ def compare_parts(config: ddpo.Config, epochs: int, warm_up: int) -> list:
     rows = [("an epoch, DDPO_IS", epoch, ratio, "the bare calls")]
     for part in ("sampling", "decoding", "reward", "updates", "kl"):
         cost = median(costs, part)
-        rows.append((f"of it {part}", cost, cost / epoch, "the epoch"))
+        rows.append((part, cost, cost / epoch, "the epoch"))
     rows.append(("the bare calls of UNet and VAE", median(costs, "bare"), 1.0, "the bare calls"))
     return rows
 

@@ -180,7 +180,7 @@ def report(unet: dict, vae: dict, file: Path):
 def table(rows: list) -> list[str]:
     """Make a Markdown table, with the smallest card that has room for a run and MARGIN -> lines."""
     headers = ("Stable Diffusion", "precision", "`--batch`", "GB, sampling", "GB, an update",
-               "a card of")
+               "smallest card")
     lines = [f"| {' | '.join(headers)} |", "|---|---|---|---|---|---|"]
     for name, precision, batch, checkpointing, sampling, update in rows:
         needed = max(sampling, update) + MARGIN

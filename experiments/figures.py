@@ -150,11 +150,12 @@ def noise_tables(measured: dict) -> list[str]:
     jpeg = measured["jpeg, 10 steps, pre-trained"]
     location = measured["location, 10 steps, pre-trained"]
     noise = np.array([found[1][0] for found in jpeg["steps"]])
+    alignment = [plus_minus(found) for found in location["deviation"]]
     columns = {"share of the noise": [f"{share:.3f}" for share in noise / noise.sum()],
                "in closed form": [f"{share:.3f}" for share in jpeg["closed form"]],
                "SNR, `jpeg`": [plus_minus(found[2]) for found in jpeg["steps"]],
                "deviation of `jpeg`, kB": [plus_minus(found) for found in jpeg["deviation"]],
-               "of alignment, location": [plus_minus(found) for found in location["deviation"]]}
+               "deviation of alignment, location": alignment}
     lines = claims.header("t", *[str(t) for t in jpeg["t"]])
     for name, cells in columns.items():
         lines.append(claims.row(name, *cells))

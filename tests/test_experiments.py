@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import choose
 import claims
 import ddpo
 import figures
@@ -328,12 +329,124 @@ def test_a_step_drawn_again_leaves_the_steps_before_it_as_they_were(config):
         assert deviation == pytest.approx(1, abs=3 * error) and 0.005 < error < 0.02
 
 
+@pytest.mark.parametrize("steps, eta", [(10, 1.0), (50, 1.0), (10, 0.3)])
+def test_noise_weights_are_proportional_to_the_width_of_the_steps(steps, eta):
+    """Their mean is 1. With them, the variance of step k's term is proportional to c_k^2, where c_k
+    is the derivative of the mean by eps, taken by finite differences: the network's own share."""
+    scheduler = diffusers.DDIMScheduler.from_pretrained(ROOT / "shapes" / "scheduler")
+    scheduler.set_timesteps(steps)
+    t = scheduler.timesteps
+    weights = ddpo.noise_weights(scheduler, eta)
+    assert weights.shape == (steps,) and weights.min() > 0
+    assert weights.mean().item() == pytest.approx(1)
+    x_t, eps = torch.randn(2, steps, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, sigma = ddpo.step_distribution(scheduler, eps, t, x_t, eta)
+    moved, _ = ddpo.step_distribution(scheduler, eps + 0.5, t, x_t, eta)
+    c = ((moved - mean) / 0.5).flatten(1).mean(1)
+    weighted = (weights * c / sigma.flatten()) ** 2
+    torch.testing.assert_close(weighted / weighted.sum(), c**2 / (c**2).sum(), rtol=1e-3, atol=1e-6)
+
+
+def drift_chain(signs, shared, weighted):
+    """Estimate the gradient of E[r] on a chain whose steps are unequally noisy.
+
+    x_{k+1} ~ N(x_k + signs_k theta_k, s_k^2) from x_0 = 0 at theta = 0, and r = x_3, so that the
+    true gradient by theta_k is signs_k. With `shared`, theta is one number for all steps. The
+    weights are those of noise_weights, s_k over their mean -> (200 blocks of 1,000 samples,
+    parameters)."""
+    s = torch.tensor([1.0, 0.5, 0.02])
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(200_000, 3, generator=rng) * s
+    reward = noise.sum(1)
+    theta = torch.zeros(200, 1 if shared else 3, requires_grad=True)
+    means = torch.tensor(signs) * theta.expand(-1, 3).repeat_interleave(1000, 0)
+    log_prob = torch.stack([ddpo.log_prob(noise[:, k:k + 1], means[:, k:k + 1], s[k])
+                            for k in range(3)], 1)
+    weights = s / s.mean() if weighted else torch.ones(3)
+    loss, _ = ddpo.score_function_loss(log_prob, reward[:, None] * weights)
+    return -600 * torch.autograd.grad(loss, theta)[0]  # the loss is a mean over 200 x 3 terms
+
+
+def snr(gradients):
+    return (gradients.mean(0).square().sum() / gradients.var(0).sum()).item()
+
+
+def test_with_parameters_of_its_own_each_step_still_ascends_and_the_noise_is_less():
+    """Weights change the learning rate of each step's parameter, and no sign."""
+    truth = torch.tensor([1.0, 1.0, -1.0])
+    plain = drift_chain(truth.tolist(), shared=False, weighted=False)
+    weighted = drift_chain(truth.tolist(), shared=False, weighted=True)
+    error = plain.std(0) / 200**0.5
+    assert ((plain.mean(0) - truth).abs() < 4 * error).all()
+    ascent = (weighted.mean(0) * truth).sum()
+    assert ascent > 4 * (weighted * truth).sum(1).std() / 200**0.5
+    assert snr(weighted) > 20 * snr(plain)
+
+
+def test_with_parameters_shared_by_the_steps_the_weighted_sum_may_descend():
+    """Two steps with little weight pull the other way, and the true gradient is theirs: -1. The
+    weighted sum has less noise and the wrong sign."""
+    plain = drift_chain([1.0, 0.0, -2.0], shared=True, weighted=False)
+    weighted = drift_chain([1.0, 0.0, -2.0], shared=True, weighted=True)
+    assert abs(plain.mean() + 1) < 4 * plain.std() / 200**0.5
+    assert weighted.mean() > 4 * weighted.std() / 200**0.5
+    assert snr(weighted) > snr(plain)
+
+
 def test_the_page_has_the_tables_of_the_noise():
     measured = claims.load(noise.FILE)["measured"]
     page = claims.PAGE.read_text(encoding="utf-8")
     assert len(measured) == 8
     for table in "\n".join(figures.noise_tables(measured)).split("\n\n"):
         assert table in page
+
+
+def test_strict_accuracy_at_equal_reward_is_interpolated_where_the_level_is_first_reached():
+    """Means of four epochs: reward 1, 1, 2, 3, strict accuracy 0.8, 0.8, 0.6, 0.4. The level 2.5
+    lies half-way between the last two."""
+    run = {"reward": [1, 1, 1, 1, 1, 5, 5], "strict": [0.8, 0.8, 0.8, 0.8, 0.8, 0.0, 0.0]}
+    assert choose.strict_at(run, 2.5) == pytest.approx(0.5)
+    assert choose.strict_at(run, 1.0) == pytest.approx(0.8)
+    assert choose.strict_at(run, 3.1) is None
+    assert choose.ends_with(run, "reward") == 3
+
+
+def test_a_run_that_chooses_has_the_weights_of_its_rule_and_keeps_its_epochs(
+        config, tmp_path, monkeypatch):
+    """The weights are seen in the advantages: at the step that a rule leaves out they are 0. The
+    strict accuracy is of the 8 images of an epoch, and not of the 16 of a picture."""
+    seen = []
+    loss = ddpo.importance_sampling_loss
+
+    def keep(log_prob, log_prob_old, advantage, clip_range):
+        seen.append(advantage)
+        return loss(log_prob, log_prob_old, advantage, clip_range)
+
+    def strict(images, prompts):
+        return torch.tensor([0.25, 0.75] * (len(images) // 2))
+
+    c = dataclasses.replace(config, algo="is", updates_per_epoch=2, prompts="two red squares")
+    monkeypatch.setattr(choose, "EPOCHS", 2)
+    monkeypatch.setattr(ddpo, "importance_sampling_loss", keep)
+    monkeypatch.setattr(choose, "FOLDER", tmp_path)
+    monkeypatch.setattr(choose.shapes_reward, "strict", strict)
+    monkeypatch.setattr(claims, "settings", lambda name, **more: dataclasses.replace(c, **more))
+    run = choose.train("without the noisiest step", 1e-3, "location", 300)
+    advantages = torch.cat(seen).view(-1, c.steps)
+    assert (advantages[:, -2] == 0).all() and (advantages[:, [0, -1]] != 0).any()
+    assert run["strict"] == [0.5, 0.5]
+    assert len(run["reward"]) == len(run["kl"]) == 2
+
+
+def test_the_page_has_the_table_of_the_choice():
+    """With the finished runs. `--noise_aware` is the rule that the page names."""
+    page = claims.PAGE.read_text(encoding="utf-8")
+    table = choose.table(claims.load(choose.FILE), claims.load(claims.RECORDED)["pre-trained"])
+    assert "\n".join(table) in page
+    scheduler = diffusers.DDIMScheduler.from_pretrained(ROOT / "shapes" / "scheduler")
+    scheduler.set_timesteps(10)
+    rules = noise.rules(*noise.step_coefficients(scheduler, 1.0))
+    torch.testing.assert_close(ddpo.noise_weights(scheduler, 1.0), rules["sigma"])
 
 
 # ---------- reward-weighted regression
@@ -644,9 +757,8 @@ def words(file):
     return " ".join(file.read_text(encoding="utf-8").split())
 
 
-@pytest.mark.parametrize("steps, sentence", [(10, "has {} % of the noise, as in closed form"),
-                                             (50, "({} % in closed form)"),
-                                             (50, "{} % on Stable Diffusion's 50 steps")])
+@pytest.mark.parametrize("steps, sentence", [(10, "has {} % of the noise. The closed form"),
+                                             (50, "({} % in closed form, where each")])
 def test_the_page_has_the_largest_share_of_the_noise_in_closed_form(steps, sentence):
     scheduler = diffusers.DDIMScheduler.from_pretrained(ROOT / "shapes" / "scheduler")
     scheduler.set_timesteps(steps)
@@ -678,8 +790,9 @@ def test_ddpo_makes_smaller_files_and_loses_accuracy_with_every_seed(stored, fou
 
 def test_the_page_has_the_tables_of_the_stored_runs(stored):
     page = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
-    tables = "\n".join(claims.all_tables(stored))
-    assert f"<!-- begin of claims.py -->\n{tables}\n<!-- end of claims.py -->" in page
+    for name, tables in {"results": claims.result_tables, "runs": claims.run_tables}.items():
+        begin, end = claims.marks(name)
+        assert "\n".join([begin, *tables(stored), end]) in page
 
 
 def test_the_tables_name_all_settings_that_runs_share():
@@ -718,7 +831,7 @@ def test_the_page_on_dpok_has_the_effects_of_beta_and_of_the_value_function(stor
     checked = 0
     for line in result_rows(stored, found):
         if "β" in line or "value function" in line:
-            effect = line.split(" | ")[1]
+            effect = line.split(" | ")[1].removeprefix("location ")
             assert effect in page
             checked += 1
     assert checked == 5
@@ -732,12 +845,12 @@ def test_the_pages_have_the_accuracies_of_the_supervised_baseline(stored, found)
     at_most, supervised, ours = [], [], []
     for kind in claims.UNSEEN:
         start = stored["pre-trained"][kind]["trained"]
-        at_most.append(f"{kind} {start['strict'] / start['alignment']:.2f}")
-        supervised.append(f"{kind} {claims.over_seeds(found, f'KL-O {kind}').mean():.2f}")
-        ours.append(f"{kind} {claims.over_seeds(found, f'RL {kind}').mean():.2f}")
-    assert ", ".join(at_most) in page
-    for shares in (at_most, supervised, ours):
-        assert ", ".join(shares) in dpok_page
+        at_most.append(f"{start['strict'] / start['alignment']:.2f}")
+        supervised.append(f"{claims.over_seeds(found, f'KL-O {kind}').mean():.2f}")
+        ours.append(f"{claims.over_seeds(found, f'RL {kind}').mean():.2f}")
+    for accuracies in (at_most, supervised, ours):
+        assert f" | {' | '.join(accuracies)} |" in dpok_page
+    assert f" | {' | '.join(at_most)} |" in page
 
 
 def test_the_page_has_what_the_repetition_on_a_gpu_printed(stored, capsys):

@@ -1,20 +1,26 @@
-"""Make docs/ddpo.html and docs/dpok.html, each paper's argument next to its code, from docs/ddpo.md
-and docs/dpok.md.
+r"""Make docs/ddpo.html and docs/dpok.html, each paper's argument next to its code, from
+docs/ddpo.md and docs/dpok.md.
 
     pip install -r docs/requirements.txt
     python docs/beside.py
 
 A source is Markdown with LaTeX between dollar signs; {Eq. 2} after $$...$$ is the number of the
-equation. The lines directly below the heading of a section name the code that is shown next to it
-and the tests that prove it. An indented line continues the one above:
+equation, and \allowbreak in it a place where a narrow page may begin a new line. The title "7 rows"
+of a picture makes it a strip: four images in each row, which a wide page shows as columns. The
+lines directly below the heading of a section name its code and the tests that prove it. An indented
+line continues the one above:
 
     code: step_distribution, train[rollout = sample ... reward = gather]
+    below: experiments/rwr.py:weights
+    same: log_prob
     test: test_the_policys_step_is_ddims_step_at_every_timestep:
         a wrong coefficient, timestep or variance anywhere along the chain
 
-A name after `code:` shows the whole function or class; with brackets, the lines of it from the
-first that has one text to the next that has the other. After the name of a test stands what it
-would catch. A name that does not exist is an error.
+Code after `code:` is shown next to the text, code after `below:` below the text. A name stands for
+the whole function or class of the page's script or, after `FILE.py:`, of another. With brackets, it
+stands for the lines from the first that has one text to the next that has the other. A name after
+`same:` is a function with the same text as in ddpo.py, and becomes a link to DDPO's page. After the
+name of a test stands what it would catch. A name that does not exist is an error.
 
 A page is one file with its style, pictures and drawings in it. It needs no network and no script.
 """
@@ -23,10 +29,12 @@ import base64
 import html
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
+from PIL import Image
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
@@ -35,11 +43,18 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 PAGES = ("ddpo", "dpok")
 TESTS = ("test_ddpo.py", "tests/test_experiments.py", "tests/test_gpu.py", "tests/test_shapes.py")
-SCHEMES = {"light": "default", "dark": "github-dark"}  # the colours of code in each colour scheme
+KINDS = ("code", "below", "same", "test")  # of the lines below the heading of a section
+COLUMNS = 4  # images in a row of a strip
+COLOURS = {  # media: the colours of code
+    "print, (prefers-color-scheme: light)": "default",
+    "screen and (prefers-color-scheme: dark)": "github-dark"}
 
 FORMULA = re.compile(
-    r"\$\$(?P<display>.+?)\$\$(?:\s*\{(?P<number>.+?)\})?|\$(?P<inline>[^$\n]+)\$", re.DOTALL)
+    r"\$\$(?P<display>.+?)\$\$(?:\s*\{(?P<number>.+?)\})?"
+    r"|\$(?P<inline>[^$\n]+)\$(?P<punctuation>[.,;:)]*)", re.DOTALL)
 IMAGE = re.compile(r'<img src="(?P<file>[^"]+)"[^>]*/>')
+STRIP = re.compile(
+    r'<p><img src="(?P<file>[^"]+)" alt="(?P<alt>[^"]*)" title="(?P<rows>\d+) rows" /></p>')
 PLACEHOLDER = "\ue000"  # stands for a formula while Markdown is rendered
 
 
@@ -92,22 +107,56 @@ def locate(file: str, entry: str) -> tuple[int, int]:
     return start, end
 
 
-def show_code(file: str, entries: list[str]) -> str:
-    """Make HTML of parts of a script: highlighted, each line with its number."""
-    lines = highlight(read(file), PythonLexer(), HtmlFormatter(nowrap=True)).splitlines()
+@cache
+def highlight_lines(file: str) -> list[str]:
+    """Highlight a script -> HTML of each of its lines."""
+    return highlight(read(file), PythonLexer(), HtmlFormatter(nowrap=True)).splitlines()
+
+
+def show_line(number: int, text: str, highlighted: str) -> str:
+    """Make HTML of a line of code with its number. --indent says how far a new line is indented."""
+    indent = len(text) - len(text.lstrip())
+    return (f'<span class="line" style="--indent: {indent}">'
+            f'<span class="linenos">{number:4}</span> {highlighted}\n</span>')
+
+
+def show_code(script: str, entries: list[str]) -> str:
+    """Make HTML of parts of scripts: highlighted, each line with its number."""
     figures = []
     for entry in entries:
+        file = script
+        if ".py:" in entry:
+            file, _, entry = entry.partition(":")
         first, last = locate(file, entry)
-        name = entry.partition("[")[0]
+        lines = read(file).splitlines()
+        highlighted = highlight_lines(file)
+        code = ""
+        for number in range(first, last + 1):
+            code += show_line(number, lines[number - 1], highlighted[number - 1])
+        name, bracket, _ = entry.partition("[")
+        anchor = "" if bracket else f' id="{name}"'
         link = f'<a href="../{file}">{file}</a>'
         caption = f"{link}, lines {first} to {last}: <code>{name}</code>"
-        numbered = []
-        for number in range(first, last + 1):
-            numbered.append(f'<span class="linenos">{number:4}</span> {lines[number - 1]}')
-        code = "\n".join(numbered)
-        figures.append(f"<figure><figcaption>{caption}</figcaption>"
-                       f'<pre class="code" tabindex="0">{code}</pre></figure>')
+        figures.append(f"<figure{anchor}><figcaption>{caption}</figcaption>"
+                       f'<pre class="code">{code}</pre></figure>')
     return "\n".join(figures)
+
+
+def show_same(script: str, entries: list[str]) -> str:
+    """Make HTML of links to DDPO's page, to functions that have the same text there. Raises
+    ValueError."""
+    if not entries:
+        return ""
+    links = []
+    for name in entries:
+        texts = []
+        for file in (script, "ddpo.py"):
+            first, last = locate(file, name)
+            texts.append(read(file).splitlines()[first - 1:last])
+        if texts[0] != texts[1]:
+            raise ValueError(f"{name!r} of {script} is not that of ddpo.py")
+        links.append(f'<a href="ddpo.html#{name}"><code>{name}</code></a>')
+    return f'<p class="same">As in ddpo.py, shown on its page: {", ".join(links)}</p>'
 
 
 def show_tests(entries: list[str]) -> str:
@@ -136,11 +185,13 @@ def show_formula(match: re.Match) -> str:
     tex = match["display"] or match["inline"]
     tex = " ".join(tex.split())
     if match["inline"]:
-        return convert(tex, display="inline")
-    math = convert(tex, display="block")
+        math = convert(tex, display="inline")
+        return f'<span class="inline">{math}{match["punctuation"]}</span>'
+    parts = [convert(part, display="block") for part in tex.split(r"\allowbreak")]
+    equation = f'<span class="formula">{"<wbr/>".join(parts)}</span>'
     if match["number"]:
-        math += f'<span class="number">{match["number"]}</span>'
-    return f'<span class="equation">{math}</span>'
+        equation += f'<span class="number">{match["number"]}</span>'
+    return f'<span class="equation">{equation}</span>'
 
 
 def embed_image(match: re.Match) -> str:
@@ -148,8 +199,34 @@ def embed_image(match: re.Match) -> str:
     file = DOCS / match["file"]
     if file.suffix == ".svg":
         return file.read_text(encoding="utf-8")
+    return match[0].replace(match["file"], embed_png(file))
+
+
+def embed_png(file: Path) -> str:
+    """Make the address of a picture that has the picture in it."""
     picture = base64.b64encode(file.read_bytes()).decode()
-    return match[0].replace(match["file"], f"data:image/png;base64,{picture}")
+    return f"data:image/png;base64,{picture}"
+
+
+def show_strip(match: re.Match) -> str:
+    """Make HTML of a strip, from HTML that names its file: each image is cut out of the picture,
+    with its caption below it, so that style.css can arrange them."""
+    file = DOCS / match["file"]
+    with Image.open(file) as picture:
+        width, height = picture.size
+    name = file.stem
+    side = width // COLUMNS  # of an image
+    pitch = height // int(match["rows"])  # from one row to the next; the caption has the rest
+    cells = ""
+    for y in range(0, height, pitch):
+        for x in range(0, width, side):
+            image = f"{x} {y} {side} {side}"
+            caption = f"{x} {y + side} {side // 2} {pitch - side}"  # its right half is empty
+            cells += (f'<div><svg viewBox="{image}"><use href="#{name}"/></svg>'
+                      f'<svg class="caption" viewBox="{caption}"><use href="#{name}"/></svg></div>')
+    return (f'<svg class="source"><image id="{name}" width="{width}" height="{height}" '
+            f'href="{embed_png(file)}"/></svg>'
+            f'<div class="strip" role="img" aria-label="{match["alt"]}">{cells}</div>')
 
 
 def render(text: str) -> str:
@@ -159,6 +236,7 @@ def render(text: str) -> str:
     page = MarkdownIt("commonmark", {"xhtmlOut": True}).enable("table").render(text)
     for formula in formulas:
         page = page.replace(PLACEHOLDER, formula, 1)
+    page = STRIP.sub(show_strip, page)
     return IMAGE.sub(embed_image, page)
 
 
@@ -167,43 +245,47 @@ def render_line(text: str) -> str:
     return render(text).removeprefix("<p>").removesuffix("</p>\n")
 
 
-def read_head(head: str) -> tuple[str, list[str], list[str]]:
-    """Read the lines at the top of a section -> its heading, what is shown, its tests. Raises
-    ValueError."""
+def read_head(head: str) -> tuple[str, dict[str, list[str]]]:
+    """Read the lines at the top of a section -> its heading, {kind: entries}. Raises ValueError."""
     head = re.sub(r"\n +", " ", head)  # an indented line continues the one above
     heading, *lines = head.splitlines()
-    code, tests = [], []
+    entries = {kind: [] for kind in KINDS}
     for line in lines:
-        kind, _, entry = line.partition(": ")
-        if kind == "code":
-            code += entry.split(", ")
-        elif kind == "test":
-            tests.append(entry)
+        kind, _, text = line.partition(": ")
+        if kind not in KINDS:
+            raise ValueError(f"section {heading!r}: {line!r} begins with none of {KINDS}")
+        if kind == "test":
+            entries[kind].append(text)
         else:
-            raise ValueError(f"section {heading!r}: {line!r} is neither `code:` nor `test:`")
-    return heading, code, tests
+            entries[kind] += text.split(", ")
+    return heading, entries
 
 
 def show_section(script: str, section: str) -> tuple[str, str]:
     """Make HTML of a section of a source -> its line in the contents, the section itself."""
     head, _, text = section.partition("\n\n")
-    heading, code, tests = read_head(head)
+    heading, entries = read_head(head)
     anchor = re.sub(r"\W+", "-", heading.lower()).strip("-")
     title = render_line(heading)
-    argument = f"<h2>{title}</h2>{render(text)}{show_tests(tests)}"
-    body = f'<div class="argument">{argument}</div>'
-    if code:
-        body += f'<div class="beside">{show_code(script, code)}</div>'
+    parts = {
+        "argument": (f"<h2>{title}</h2>{render(text)}{show_same(script, entries['same'])}"
+                     f"{show_tests(entries['test'])}"),
+        "beside": show_code(script, entries["code"]),
+        "below": show_code(script, entries["below"])}
+    body = ""
+    for part, content in parts.items():
+        if content:
+            body += f'<div class="{part}">{content}</div>'
     line = f'<li><a href="#{anchor}">{title}</a></li>'
     return line, f'<section id="{anchor}">{body}</section>'
 
 
 def page_style() -> str:
-    """Get the style of a page: style.css, and the colours of code in both colour schemes."""
+    """Get the style of a page: style.css, and the colours of code."""
     style = (DOCS / "style.css").read_text(encoding="utf-8")
-    for scheme, colours in SCHEMES.items():
+    for media, colours in COLOURS.items():
         rules = HtmlFormatter(style=colours).get_style_defs(".code")
-        style += f"@media (prefers-color-scheme: {scheme}) {{\n{rules}\n}}\n"
+        style += f"@media {media} {{\n{rules}\n}}\n"
     return style
 
 

@@ -70,23 +70,30 @@ def plot_curve(before: dict, found: dict):
 
 
 def plot_methods(before: dict, found: dict):
-    """Plot strict accuracy by method for each kind of prompt."""
+    """Plot strict accuracy by method for each kind of prompt. The pre-trained model's errors are
+    those over blocks of its images."""
     figure, (axis,) = axes(
         1, "DPOK follows its prompt more often than supervised training does")
-    positions = np.arange(len(KINDS))
-    start = [before[kind]["trained"]["strict"] for kind in KINDS]
-    axis.bar(positions, start, 0.18, label="pre-trained")
-    for i, (method, title) in enumerate({"KL-O": "KL-O", "DDPO": "DDPO", "RL": "DPOK"}.items()):
-        heights, errors = [], []
-        for kind in KINDS:
-            height, error = np.nan, 0  # no bar where the method has no run
-            if f"{method} {kind}" in found:
+    methods = {"KL-O": "KL-O", "DDPO": "DDPO", "RL": "DPOK"}
+    bars = {"pre-trained": [], "KL-O": [], "DDPO": [], "DPOK": []}  # (position, height, error) each
+    centres = []
+    position = 0.0
+    for kind in KINDS:
+        start = before[kind]["trained"]
+        group = {"pre-trained": (start["strict"], start["errors"]["strict"])}
+        for method, title in methods.items():
+            if f"{method} {kind}" in found:  # what was not measured gets no place
                 values = over_seeds(found, f"{method} {kind}")
-                height, error = values.mean(), standard_error(values)
-            heights.append(height)
-            errors.append(error)
-        axis.bar(positions + 0.2 * (i + 1), heights, 0.18, label=title, yerr=errors)
-    axis.set(xticks=positions + 0.3, xticklabels=KINDS, ylabel="strictly right, share",
+                group[title] = values.mean(), standard_error(values)
+        centres.append(position + 0.1 * (len(group) - 1))
+        for title, (height, error) in group.items():
+            bars[title].append((position, height, error))
+            position += 0.2
+        position += 0.2
+    for title, measured in bars.items():
+        positions, heights, errors = zip(*measured)
+        axis.bar(positions, heights, 0.18, label=title, yerr=errors)
+    axis.set(xticks=centres, xticklabels=KINDS, ylabel="strictly right, share",
              xlabel="kind of prompt", ylim=(0, 1.25))
     axis.legend(ncols=4, fontsize=7.5)
     figure.savefig(RESULTS / "methods.png", dpi=150)

@@ -15,8 +15,9 @@ import beside
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = ("ddpo", "dpok")
-CAPTION = re.compile(r"(?P<file>\w+\.py), lines (?P<first>\d+) to (?P<last>\d+): (?P<name>\w+)")
+CAPTION = re.compile(r"(?P<file>[\w/]+\.py), lines (?P<first>\d+) to (?P<last>\d+): (?P<name>\w+)")
 MATHML = "{http://www.w3.org/1998/Math/MathML}math"
+SAME = re.compile(r"ddpo\.html#(?P<name>\w+)")  # a link to a function on DDPO's page
 LOADING_TAGS = {"script", "link", "iframe", "object", "embed", "video", "audio", "base"}
 
 
@@ -41,7 +42,8 @@ def test_the_page_is_what_its_source_and_the_scripts_make(name):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_function_of_the_paper_is_on_the_page(name):
+def test_every_function_of_the_paper_is_on_the_page_or_a_link_to_ddpos(name):
+    """A link is only for a function that DDPO's page shows as a whole, under that anchor."""
     script = (ROOT / f"{name}.py").read_text(encoding="utf-8")
     paper, marker, _ = script.partition("# ========== the paper ends here")
     assert marker
@@ -49,10 +51,17 @@ def test_every_function_of_the_paper_is_on_the_page(name):
     for node in ast.parse(paper).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             functions.add(node.name)
-    shown = {caption["name"] for caption, _ in figures_of(name)}
+    shown = {caption["name"] for caption, _ in figures_of(name)
+             if caption["file"] == f"{name}.py"}
+    linked = set()
+    for link in ET.fromstring(read(f"{name}.html")).iter("a"):
+        if match := SAME.fullmatch(link.get("href")):
+            linked.add(match["name"])
+    on_ddpos_page = {figure.get("id") for figure in ET.fromstring(read("ddpo.html")).iter("figure")}
 
     assert {"predict_noise", "train"} <= functions
-    assert functions <= shown
+    assert linked <= on_ddpos_page
+    assert functions <= shown | linked
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -84,13 +93,16 @@ def test_the_page_loads_nothing(name):
     assert not tags & LOADING_TAGS
     for image in page.iter("img"):
         assert image.get("src").startswith("data:image/png")
+    for image in page.iter("image"):
+        assert image.get("href").startswith("data:image/png")
     assert not re.search(r"@import|url\(", read("style.css"))
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_what_the_page_links_to_is_there(name):
     page = ET.fromstring(read(f"{name}.html"))
-    anchors = {node.get("id") for node in page.iter()}
+    anchors = [node.get("id") for node in page.iter() if node.get("id")]
+    assert len(anchors) == len(set(anchors))
     for link in page.iter("a"):
         target = link.get("href")
         file, _, anchor = target.partition("#")
@@ -121,6 +133,45 @@ def test_every_formula_is_shown_as_mathml_and_none_as_its_source(name):
     assert not re.search(r"\$|\\[a-z]|\ue000", text)
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_a_strip_shows_every_image_of_its_picture_once_each_above_its_caption(name):
+    page = ET.fromstring(read(f"{name}.html"))
+    pictures = {image.get("id"): image for image in page.iter("image")}
+    strips = [node for node in page.iter("div") if node.get("class") == "strip"]
+    assert len(strips) == len(pictures) > 0
+    for strip in strips:
+        pixels = 0
+        for cell in strip:
+            image, caption = cell
+            x, y, width, height = [int(number) for number in image.get("viewBox").split()]
+            left, top, _, bottom = [int(number) for number in caption.get("viewBox").split()]
+            assert (left, top) == (x, y + height)
+            pixels += width * (height + bottom)
+        places = {cell[0].get("viewBox") for cell in strip}
+        picture = pictures[strip.find(".//use").get("href").removeprefix("#")]
+        assert len(places) == len(strip)
+        assert pixels == int(picture.get("width")) * int(picture.get("height"))
+
+
+def test_an_equation_may_break_where_its_source_says():
+    page = ET.fromstring(beside.render(r"$$ a \allowbreak = b $$ {Eq. 1}"))
+    parts = ["".join(math.itertext()) for math in page.iter(MATHML)]
+    assert parts == ["a", "=b"]
+    assert page.find(".//wbr") is not None
+
+
+def test_code_of_another_script_is_shown_with_its_file():
+    figure = ET.fromstring(beside.show_code("ddpo.py", ["experiments/rwr.py:weights"]))
+    caption = "".join(figure.find("figcaption").itertext())
+    assert CAPTION.fullmatch(caption)["file"] == "experiments/rwr.py"
+
+
+def test_a_link_to_ddpos_page_needs_the_same_text_in_both_scripts():
+    assert "ddpo.html#sample" in beside.show_same("dpok.py", ["sample"])
+    with pytest.raises(ValueError, match="train"):
+        beside.show_same("dpok.py", ["train"])
+
+
 @pytest.mark.parametrize("entry, missing", [
     ("no_such_function", "no_such_function"),
     ("train[while not finished ... no such line]", "no such line"),
@@ -137,12 +188,13 @@ def test_a_test_that_a_source_names_must_be_there():
 
 def test_an_indented_line_below_a_heading_continues_the_one_above():
     head = "The clip\ncode: sample,\n    train\ntest: test_of_it:\n    what it would catch"
-    heading, code, tests = beside.read_head(head)
+    heading, entries = beside.read_head(head)
     assert heading == "The clip"
-    assert code == ["sample", "train"]
-    assert tests == ["test_of_it: what it would catch"]
+    assert entries["code"] == ["sample", "train"]
+    assert entries["test"] == ["test_of_it: what it would catch"]
+    assert entries["below"] == entries["same"] == []
 
 
-def test_a_line_below_a_heading_that_is_neither_code_nor_test_is_an_error():
+def test_a_line_below_a_heading_of_no_known_kind_is_an_error():
     with pytest.raises(ValueError, match="tset: test_of_it"):
         beside.read_head("The clip\ntset: test_of_it: what it would catch")

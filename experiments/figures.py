@@ -36,8 +36,8 @@ def axes(rows: int, title: str):
 
 def plot_fig4(before: dict, found: dict):
     """Plot reward against reward queries: mean and standard error over seeds."""
-    figure, panels = axes(3, "From as many rewards DDPO learns more than RWR at the caption's "
-                             "count, not at a file's size (DDPO, Fig. 4)")
+    figure, panels = axes(3, "With as many rewards, DDPO ends ahead of RWR on the counting "
+                             "prompt, and not on file sizes (DDPO, Fig. 4)")
     units = {"jpeg": "reward, −kB", "incompressibility": "reward, kB",
              "count": "reward, alignment"}
     for axis, (reward, unit) in zip(panels, units.items()):
@@ -93,7 +93,7 @@ def plot_methods(before: dict, found: dict):
     for title, measured in bars.items():
         positions, heights, errors = zip(*measured)
         axis.bar(positions, heights, 0.18, label=title, yerr=errors)
-    axis.set(xticks=centres, xticklabels=KINDS, ylabel="strictly right, share",
+    axis.set(xticks=centres, xticklabels=KINDS, ylabel="strict accuracy",
              xlabel="kind of prompt", ylim=(0, 1.25))
     axis.legend(ncols=4, fontsize=7.5)
     figure.savefig(RESULTS / "methods.png", dpi=150)
@@ -101,7 +101,7 @@ def plot_methods(before: dict, found: dict):
 
 def plot_frontier(before: dict, found: dict):
     """Plot accuracy on other prompts against reward, a dot for each run with β 0 or 0.5."""
-    figure, (axis,) = axes(1, "β 0.5 gives up reward and keeps the other prompts right")
+    figure, (axis,) = axes(1, "With β 0.5, DPOK gains less reward and keeps the other prompts")
     for beta in ("0", "0.5"):
         sizes = over_seeds(found, f"jpeg beta {beta}", "size", "trained")
         strict = over_seeds(found, f"jpeg beta {beta}", "strict", "other")
@@ -109,7 +109,7 @@ def plot_frontier(before: dict, found: dict):
     size = before["count"]["trained"]["size"]
     strict = before["count"]["other"]["strict"]
     axis.plot(-size, strict, "k*", markersize=11, label="pre-trained")
-    axis.set(xlabel="reward of its own prompt, −kB", ylabel="other prompts strictly right, share")
+    axis.set(xlabel="reward of its own prompt, −kB", ylabel="strict accuracy of other prompts")
     axis.legend()
     figure.savefig(RESULTS / "frontier.png", dpi=150)
 
@@ -117,7 +117,8 @@ def plot_frontier(before: dict, found: dict):
 def plot_overoptimisation(before: dict, found: dict):
     """Plot strict accuracy against the size of the JPEG along training, means over the seeds."""
     figure, (axis,) = axes(
-        1, "Smaller files cost the captions, unless a KL penalty holds them (DDPO, A)")
+        1, "As files get smaller, fewer images match their captions, except with a KL penalty "
+        "(DDPO, A)")
     start = before["all"]["trained"]
     for name in ("DDPO jpeg", "DDPO incompressibility", "DDPO jpeg kl_weight", "DDPO jpeg max_kl"):
         sizes, strict = [start["size"]], [start["strict"]]
@@ -126,15 +127,15 @@ def plot_overoptimisation(before: dict, found: dict):
             strict.append(over_seeds(found, name, "strict", epoch=epoch).mean())
         axis.plot(sizes, strict, "o-", label=name.removeprefix("DDPO "), markersize=4)
     axis.plot(start["size"], start["strict"], "k*", markersize=11, label="pre-trained")
-    axis.set(xlabel="size of the JPEG, kB", ylabel="strictly right, share", ylim=(0, None))
+    axis.set(xlabel="size of the JPEG, kB", ylabel="strict accuracy", ylim=(0, None))
     axis.legend(fontsize=8)
     figure.savefig(RESULTS / "overoptimisation.png", dpi=150)
 
 
 def plot_noise(measured: dict):
     """Plot what noise.py found at each of 10 steps of the pre-trained policy, with its errors."""
-    figure, panels = axes(3, "The first steps decide the reward, and the last but one has most of "
-                             "the gradient's noise")
+    figure, panels = axes(3, "The first steps decide the reward. The last step but one has most of "
+                             "the gradient's noise.")
     for i, task in enumerate(("jpeg", "location")):
         found = measured[f"{task}, 10 steps, pre-trained"]
         _, noise, ratio = np.swapaxes(found["steps"], 0, 1)  # (K, 2) each: value, error

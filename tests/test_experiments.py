@@ -26,7 +26,7 @@ import noise
 import rewards
 import rwr
 import single_pass
-from test_ddpo import disturb, flags, read_log
+from test_ddpo import disturb, flags, read_log, step_weights
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,13 +125,15 @@ def assert_gradients_agree(update):
 
 # ---------- one pass
 
-@pytest.mark.parametrize("guidance, checkpointing", [(5.0, False), (1.0, False), (5.0, True)])
-def test_one_pass_has_the_gradient_of_two(guidance, checkpointing, config, the_update):
+@pytest.mark.parametrize("guidance, checkpointing, noise_aware", [
+    (5.0, False, False), (1.0, False, False), (5.0, True, False), (5.0, False, True)])
+def test_one_pass_has_the_gradient_of_two(
+        guidance, checkpointing, noise_aware, config, the_update):
     """Seven samples in batches of four: the gradient collected while sampling is that of the loss
     at all pairs (i, k)."""
     config = dataclasses.replace(
         config, samples_per_epoch=7, steps=5, epochs=1, advantage_clip=1.0, guidance=guidance,
-        gradient_checkpointing=checkpointing, min_count=32)
+        gradient_checkpointing=checkpointing, noise_aware=noise_aware, min_count=32)
     single_pass.train(config)
     pipe, one = the_update.pipe, the_update.rollout
 
@@ -142,12 +144,13 @@ def test_one_pass_has_the_gradient_of_two(guidance, checkpointing, config, the_u
     advantage = ddpo.PromptStatistics(32, 32).update(two.prompts, reward)
     assert advantage.min() < -1 or advantage.max() > 1  # so that the clip matters
     advantage = advantage.clamp(-1, 1)
+    weights = step_weights(pipe, config)
     pipe.unet.zero_grad()
     for k, t in enumerate(two.timesteps):
         x_t, x_prev = two.latents[:, k], two.latents[:, k + 1]
         mean, sigma = ddpo.policy(pipe, x_t, t.expand(7), two.cond, two.uncond, config)
         log_prob = ddpo.log_prob(x_prev, mean, sigma)
-        loss, _ = ddpo.score_function_loss(log_prob, advantage)
+        loss, _ = ddpo.score_function_loss(log_prob, advantage * weights[k])
         (loss / config.steps).backward()
 
     assert_gradients_agree(the_update)

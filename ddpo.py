@@ -78,7 +78,7 @@ class Config:
     clip_range: float = setting(1e-4, "clip range of the ratio, see log_prob; paper: 1e-4")
     advantage_clip: float = setting(5.0, "clip range of the advantage; code: 5; paper: none")
     buffer_size: int = setting(32, "rewards remembered per prompt; code: 32, for JPEG rewards 16")
-    min_count: int = setting(16, "rewards that a prompt's own statistics need; code: 16")
+    min_count: int = setting(16, "rewards before a prompt's own statistics are used; code: 16")
     noise_aware: bool = setting(False, "weight the steps by noise_weights; paper: no")
     kl_weight: float = setting(0.0, "weight of the KL to the pre-trained model; paper: none")
     max_kl: float = setting(0.0, "stop when the mean KL of five epochs is above this, 0 for never")
@@ -88,7 +88,7 @@ class Config:
     precision: Literal["auto", "fp16", "fp32"] = setting("auto", "auto: fp16 on CUDA, else fp32")
     gradient_checkpointing: bool = setting(False, "save memory at the cost of time")
     compile: bool = setting(False, "compile the UNet with torch.compile")
-    sample_every: int = setting(10, "epochs from one picture and kept LoRA to the next")
+    sample_every: int = setting(10, "epochs between pictures; the LoRA of each is kept")
     out: str = setting("", "folder of the run", "a new one in runs/")
     resume: str = setting("", "folder of a run to continue", "none")
 

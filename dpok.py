@@ -64,12 +64,12 @@ def setting(default, help: str, shown=None):
 class Config:
     """The settings of a run. The defaults are the paper's for one prompt (5.2, appendix B), or the
     released code's where the paper has none."""
-    model: str = setting("stable-diffusion-v1-5/stable-diffusion-v1-5", "1.x: hub id or folder")
+    model: str = setting("stable-diffusion-v1-5/stable-diffusion-v1-5", "SD 1.x: hub id or folder")
     reward: str = setting("imagereward", f"{', '.join(rewards.REWARDS)}, or FILE.py:FUNCTION")
     reward_options: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": "options of the reward, KEY=VALUE (default: none)"})
     prompts: str = setting("color", "color, count, composition, location, roses, file, or phrase")
-    unseen: str = setting("", "prompts that are only evaluated, as above", "those of Fig. 10")
+    unseen: str = setting("", "prompts that are evaluated, not trained on", "Fig. 10's")
     algo: Literal["rl", "sft"] = setting("rl", "Algorithm 1 (rl) or Algorithm 2 (sft)")
     epochs: int = setting(2000, "number of epochs; paper: 2000")
     samples_per_epoch: int = setting(10, "images sampled per epoch, m; paper: 10")
@@ -80,10 +80,10 @@ class Config:
     alpha: float = setting(10.0, "weight of the reward; paper: 10")
     beta: float = setting(0.01, "weight of the KL to the pre-trained model; paper: 0.01")
     noise_aware: bool = setting(False, "weight the steps by noise_weights; paper: no")
-    value: bool = setting(True, "subtract V from the reward (A.5); code: yes")
+    value: bool = setting(True, "whether to subtract V from the reward and centre (A.5); code: yes")
     value_lr: float = setting(1e-4, "learning rate of V's AdamW; paper: 1e-4")
     value_steps: int = setting(1, "optimiser steps of V per epoch; code: 1")
-    gamma: float = setting(2.0, "sft: weight of the KL; paper: 2; reward + gamma < 0 is left out")
+    gamma: float = setting(2.0, "sft: weight of the KL; leaves out reward + gamma < 0; paper: 2")
     kl_d: bool = setting(False, "sft: KL-D (Eq. 13) instead of KL-O, which section 5.2 uses")
     steps: int = setting(50, "denoising steps; code: 50")
     guidance: float = setting(7.5, "weight w of classifier-free guidance, 1 for none; code: 7.5")
@@ -101,7 +101,7 @@ class Config:
     precision: Literal["auto", "fp16", "fp32"] = setting("auto", "auto: fp16 on CUDA, else fp32")
     gradient_checkpointing: bool = setting(False, "save memory at the cost of time")
     compile: bool = setting(False, "compile the UNet with torch.compile")
-    sample_every: int = setting(10, "epochs from one picture and kept LoRA to the next")
+    sample_every: int = setting(10, "epochs between pictures; the LoRA of each is kept")
     out: str = setting("", "folder of the run", "a new one in runs/")
     resume: str = setting("", "folder of a run to continue", "none")
 

@@ -1,13 +1,13 @@
-"""Choose the weights of --noise_aware by training on shapes/, on seeds that serve for nothing else.
+"""Choose the weights of --noise_aware by training on shapes/, on seeds that no claim uses.
 
     python experiments/choose.py  # the runs that results/choice.json lacks, two at a time
 
 Each rule of noise.py, the published weights among them, is tried at each learning rate, on two
-tasks, with three seeds. All runs have as many reward queries, 1,024. A run is judged by
+tasks, with three seeds. All runs have the same number of reward queries, 1,024. A run is judged by
 
 - its reward: the mean over its last four epochs;
-- its strict accuracy at equal reward: where the mean of four epochs first reaches LEVELS, linearly
-  interpolated;
+- its strict accuracy at equal reward: at the point, interpolated linearly, where the mean reward of
+  four epochs first reaches the task's value in LEVELS;
 - collapse: strict accuracy ends below half of the pre-trained model's.
 
 All of this is about the training images of an epoch. results/choice.json has a line for each

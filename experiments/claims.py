@@ -9,19 +9,19 @@ A run is a script with the settings that RUNS, SHARED and COMMON name. Its folde
 runs/claims/<name>-<seed>/. results/claims.json has a line for each finished run. It is also the
 cache: a run that is there with the same settings is not repeated, so Ctrl-C loses only the runs in
 progress. After a change of shapes/ or of what the scripts compute, delete results/claims.json, or
-the lines of the runs that it concerns. Without the lines of the pre-trained model, that is measured
-again too. The tables are written to experiments/README.md.
+the lines of the runs that it concerns. If the lines of the pre-trained model are missing, it is
+measured again. The tables are written to experiments/README.md.
 
 Repeats, with other seeds or on another device, have a folder and a JSON file of their own in
 runs/claims/, so that they replace nothing that is recorded.
 
 A model is measured on images of seeds that no training saw. They are new for every seed and epoch,
 so the error of the measurement is part of the spread over seeds. A run is measured at its last
-epoch and two and four epochs before, and the mean of the three counts. RWR is measured at its end,
-on three times as many images, and in DDPO's Fig. 4, at equal queries, the end alone counts for all
-methods. Some runs are measured at the epochs of STAGES too. `alignment` and `size`
-(of the JPEG, kB) are rewards of runs. `strict` is no run's reward: it is the share of images that
-show exactly what their caption says. `diversity` is the standard deviation of a pixel (0 to 1)
+epoch and two and four epochs before, and the mean of the three is used. RWR is measured only at its
+end, on three times as many images. In DDPO's Fig. 4 all methods are measured only at their end, so
+that the queries are equal. Some runs are measured at the epochs of STAGES too. `alignment` and
+`size` (of the JPEG, kB) are rewards of runs. `strict` is no run's reward: it is the share of images
+that show exactly what their caption says. `diversity` is the standard deviation of a pixel (0 to 1)
 between the images of one caption, root mean square.
 """
 import argparse
@@ -459,7 +459,7 @@ def ddpo_claims(effects: Effects) -> list[Claim]:
     for one, other in (("DDPO", "RWR"), ("DDPO", "RWR_sparse"), ("SF", "RWR"),
                        ("SF", "RWR_sparse"), ("DDPO", "SF")):
         text = (f"{titles[one]} ends with more reward than {titles[other]} "
-                "(in kB; for the count, alignment)")
+                "(kB for the size of a JPEG, alignment for the count)")
         smaller = opposite(ahead(f"{one} jpeg", f"{other} jpeg", "size", last=1))
         larger = ahead(f"{one} incompressibility", f"{other} incompressibility", "size", last=1)
         count = ahead(f"{one} count", f"{other} count", "alignment", last=1)
@@ -481,7 +481,7 @@ def ddpo_claims(effects: Effects) -> list[Claim]:
     lost_size = {"`--kl_weight`": lost("DDPO jpeg kl_weight", "size"),
                  "`--max_kl`": lost("DDPO jpeg max_kl", "size"),
                  "stopped after epoch 12": lost("DDPO jpeg", "size", epoch=12)}
-    text = "With a remedy, DDPO on `jpeg` changes strict accuracy by no less than -0.1"
+    text = "With a remedy, DDPO on `jpeg` lowers strict accuracy by at most 0.1 (the change)"
     made.append(Claim("DDPO A", text, -0.1, kept_accuracy))
     text = "With a remedy, DDPO on `jpeg` still makes files smaller, kB"
     made.append(Claim("DDPO A", text, 0, lost_size))
@@ -509,7 +509,7 @@ def dpok_claims(effects: Effects) -> list[Claim]:
 def transfer_claims(effects: Effects) -> list[Claim]:
     """List the claims on prompts that were not trained on."""
     gained, lost, ahead = effects.gained, effects.lost, effects.ahead
-    text = "DPOK raises strict accuracy of unseen prompts that differ by one word"
+    text = "DPOK raises strict accuracy of unseen prompts that differ from its own by one word"
     parts = {kind: gained(f"RL {kind}", where="unseen") for kind in UNSEEN}
     return [
         Claim("DPOK Fig. 10", text, 0, parts),
@@ -519,7 +519,7 @@ def transfer_claims(effects: Effects) -> list[Claim]:
               "DPOK on `jpeg`, β 0: other prompts' strict accuracy falls by 0.15 or more",
               0.15, {"": lost("jpeg beta 0", where="other")}),
         Claim("after DPOK 5.3",
-              "DPOK on `jpeg`, β 0.5: other prompts' strict accuracy changes by no less than -0.1",
+              "DPOK on `jpeg`, β 0.5: other prompts lose at most 0.1 strict accuracy (the change)",
               -0.1, {"": gained("jpeg beta 0.5", where="other")}),
         Claim("after DPOK 5.3", "DPOK on `jpeg`, β 0.5: files of its own prompt get smaller, kB",
               0, {"": lost("jpeg beta 0.5", "size")}),

@@ -761,7 +761,7 @@ def words(file):
 
 
 @pytest.mark.parametrize("steps, sentence", [(10, "has {} % of the noise. The closed form"),
-                                             (50, "({} % in closed form, where each")])
+                                             (50, "In closed form, the step at t = 21 has {} %")])
 def test_the_page_has_the_largest_share_of_the_noise_in_closed_form(steps, sentence):
     scheduler = diffusers.DDIMScheduler.from_pretrained(ROOT / "shapes" / "scheduler")
     scheduler.set_timesteps(steps)

@@ -481,7 +481,7 @@ def ddpo_claims(effects: Effects) -> list[Claim]:
     lost_size = {"`--kl_weight`": lost("DDPO jpeg kl_weight", "size"),
                  "`--max_kl`": lost("DDPO jpeg max_kl", "size"),
                  "stopped after epoch 12": lost("DDPO jpeg", "size", epoch=12)}
-    text = "With a remedy, DDPO on `jpeg` lowers strict accuracy by at most 0.1 (the change)"
+    text = "With a remedy, DDPO on `jpeg` loses at most 0.1 strict accuracy (shown: the change)"
     made.append(Claim("DDPO A", text, -0.1, kept_accuracy))
     text = "With a remedy, DDPO on `jpeg` still makes files smaller, kB"
     made.append(Claim("DDPO A", text, 0, lost_size))

@@ -16,6 +16,7 @@ import ddpo
 import gpu
 import rewards
 import single_pass
+import ways
 
 torch.set_num_threads(1)
 ROOT = bench.ROOT
@@ -192,6 +193,26 @@ def test_the_command_for_a_gpu_runs_to_its_end(tmp_path, capsys):
     assert sum(epoch["ours"][part] for part in parts) == pytest.approx(epoch["ours"]["epoch"])
     printed = capsys.readouterr().out
     assert "forward, LoRA | 4" in printed and "\n| 2 | " in printed
+
+
+def test_compiled_blocks_never_fall_back_to_eager_and_the_ratio_is_measured_at_each_step():
+    """On a CPU, with a backend that runs the captured code as it is. Two numbers of rows, with and
+    without gradient, give more variants of a block than Dynamo's usual limit, after which it gives
+    up silently. Here each is captured, and the ratio is 1 in float32."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = ddpo.Config(model="random", device="cpu", precision="fp32", **ways.EPOCH["tiny"])
+    found = ways.measure_way("compiled blocks", "tiny", config)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert [(what, rows) for what, rows, _ in found["calls"]] == [
+        ("forward", 4), ("forward and backward", 4), ("forward", 6), ("forward and backward", 6)]
+    assert list(found["deviation"]) == [667, 334, 1]
+    assert max(found["deviation"].values()) < 1e-5
+
+    *_, line = ways.tables({"channels_last": {
+        "first": [1.0, 2.0], "calls": [["forward", 8, 0.05]], "deviation": {"21": 1e-4, "1": 0.0}}})
+    assert line == "| channels_last | 1.0 | 2.0 | 50.0 | 1.0e-04 | 21 |"
 
 
 def test_the_tables_of_a_gpu_are_right():

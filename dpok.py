@@ -525,8 +525,8 @@ class LoRAAttnProcessor(nn.Module):
         layers = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out": attn.to_out[0]}
         for name, layer in layers.items():
             A = torch.randn(rank, layer.in_features, generator=generator) / rank
-            self.A[name] = nn.Parameter(A)
-            self.B[name] = nn.Parameter(torch.zeros(layer.out_features, rank))
+            self.A[name] = nn.Parameter(A.to(layer.weight.device))
+            self.B[name] = nn.Parameter(self.A[name].new_zeros(layer.out_features, rank))
 
     def project(self, name: str, layer: nn.Linear, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)  # addmm_ takes only matrices
@@ -551,7 +551,7 @@ def add_lora(unet: nn.Module, rank: int, generator: torch.Generator | None = Non
     processors = {}
     for name in unet.attn_processors:
         attn = unet.get_submodule(name.removesuffix(".processor"))
-        processors[name] = LoRAAttnProcessor(attn, rank, generator).to(unet.device)
+        processors[name] = LoRAAttnProcessor(attn, rank, generator)
     unet.register_forward_pre_hook(partial(cast_lora, nn.ModuleList(processors.values())))
     unet.set_attn_processor(processors)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]

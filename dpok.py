@@ -100,7 +100,7 @@ class Config:
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda, mps or cpu")
     precision: Literal["auto", "fp16", "fp32"] = setting("auto", "auto: fp16 on CUDA, else fp32")
     gradient_checkpointing: bool = setting(False, "save memory at the cost of time")
-    compile: bool = setting(False, "compile the UNet with torch.compile")
+    compile: bool = setting(False, "compile the UNet with torch.compile, which takes minutes")
     sample_every: int = setting(10, "epochs between pictures; the LoRA of each is kept")
     out: str = setting("", "folder of the run", "a new one in runs/")
     resume: str = setting("", "folder of a run to continue", "none")

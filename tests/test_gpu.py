@@ -123,6 +123,41 @@ def test_lora_adds_few_kernel_launches_to_a_unet_call(script):
     assert launches_of_a_unet_call(script, False) <= stock
 
 
+class Copies(TorchDispatchMode):
+    """Count the operations that copy a tensor, into another type or layout or as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("clone", "copy_", "_to_copy"):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_unet_call_makes_as_many_copies_in_either_memory_format():
+    """diffusers' UNet changes the layout around each attention block in both. So copies are no
+    reason to prefer one: bench/ways.py measures which is faster."""
+    counts = []
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        with FakeTensorMode(), torch.no_grad():
+            pipe = memory.make_pipeline(
+                bench.UNETS["sd"], bench.VAES["tiny"], SMALL_TEXT, torch.float16, "cuda")
+            for parameter in pipe.unet.parameters():
+                if parameter.ndim == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=memory_format)
+            ddpo.add_lora(pipe.unet, 4)
+            with torch.device("cuda"), Copies() as copies:
+                x_t = torch.empty(8, 4, 64, 64, dtype=torch.float16)
+                text = torch.empty(8, 77, 768, dtype=torch.float16)
+                pipe.unet(x_t, torch.empty(8), text)
+        counts.append(copies.count)
+    page = (Path(bench.HERE) / "README.md").read_text(encoding="utf-8")
+    assert counts[0] == counts[1]
+    assert f"makes {counts[0]} copies" in " ".join(page.split())
+
+
 def call_with_lora(script, config, captured=False):
     """Load a pipeline with LoRA as training might leave it -> UNet, LoRA's parameters, and the
     arguments of a call of `predict_noise`. A UNet is captured as one graph, which runs as it is."""

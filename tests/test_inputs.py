@@ -554,7 +554,7 @@ def test_a_run_whose_checkpoint_is_damaged_is_refused_and_left_as_it_is(config, 
         file.write_bytes(whole[:5000])
 
     def other_pickle():
-        file.write_bytes(pickle.dumps({"log": Path}))
+        file.write_bytes(pickle.dumps({"log": Path}, protocol=2))
 
     def other_shape():
         torch.save(saved | {"lora": {"0": torch.zeros(1)}}, file)

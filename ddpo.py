@@ -79,7 +79,7 @@ class Config:
     advantage_clip: float = setting(5.0, "clip range of the advantage; code: 5; paper: none")
     buffer_size: int = setting(32, "rewards remembered per prompt; code: 32, for JPEG rewards 16")
     min_count: int = setting(16, "rewards before a prompt's own statistics are used; code: 16")
-    noise_aware: bool = setting(False, "weight the steps by noise_weights; paper: no")
+    noise_aware: bool = setting(False, "weight the steps by sigma, for less noise; paper: no")
     kl_weight: float = setting(0.0, "weight of the KL to the pre-trained model; paper: none")
     max_kl: float = setting(0.0, "stop when the mean KL of five epochs is above this, 0 for never")
     rank: int = setting(4, "rank of LoRA; code: 4")

@@ -79,7 +79,7 @@ class Config:
     batch: int = setting(2, "samples or pairs per UNet call; guidance doubles the rows")
     alpha: float = setting(10.0, "weight of the reward; paper: 10")
     beta: float = setting(0.01, "weight of the KL to the pre-trained model; paper: 0.01")
-    noise_aware: bool = setting(False, "weight the steps by noise_weights; paper: no")
+    noise_aware: bool = setting(False, "weight the steps by sigma, for less noise; paper: no")
     value: bool = setting(True, "whether to subtract V from the reward and centre (A.5); code: yes")
     value_lr: float = setting(1e-4, "learning rate of V's AdamW; paper: 1e-4")
     value_steps: int = setting(1, "optimiser steps of V per epoch; code: 1")

@@ -691,9 +691,9 @@ def save_pictures(run: SimpleNamespace):
     tiles = []
     for image, prompt, reward in zip(images, prompts, run.reward_fn(images, prompts).tolist()):
         width = 32 if prompt.isascii() else 16  # characters per line
-        text = textwrap.fill(prompt, width, max_lines=3, placeholder=" ...")
+        text = textwrap.fill(prompt, width, max_lines=2, placeholder=" ...")
         caption = f"epoch {epoch}: {reward:.3f}\n{text}"
-        tile = ImageOps.expand(image.resize((256, 256), Image.BOX), (4, 4, 4, 78), "white")
+        tile = ImageOps.expand(image.resize((256, 256), Image.BOX), (4, 4, 4, 60), "white")
         ImageDraw.Draw(tile).text((4, 262), caption, "black", rewards.caption_font(prompt))
         tiles.append(tile)
     with rewards.replacing(run.folder / "samples" / f"epoch_{epoch:04d}.png") as new_file:

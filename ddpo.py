@@ -109,7 +109,7 @@ class Config:
             raise ValueError(f"min_count ({self.min_count}) must be at most buffer_size")
         if self.samples_per_epoch % (WORLD_SIZE * self.updates_per_epoch):
             raise ValueError(f"samples_per_epoch ({self.samples_per_epoch}) must be divisible by "
-                             f"{WORLD_SIZE} (processes) times {self.updates_per_epoch} (updates)")
+                             f"updates_per_epoch times the number of processes ({WORLD_SIZE})")
 
 # ---------- the MDP: one denoising step is a Gaussian (section 4.3)
 def predict_noise(unet: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor,
@@ -288,7 +288,7 @@ def train(config: Config) -> Path:
         advantage = statistics.update(prompts, reward)[local].to(pipe.device)
         advantage = advantage.clamp(-config.advantage_clip, config.advantage_clip)
         advantage = advantage[:, None].expand(-1, K)  # one for each step
-        if config.noise_aware:
+        if config.noise_aware:  # not in the paper
             advantage = advantage * noise_weights(pipe.scheduler, config.eta)
 
         # 4. Update: one optimiser step per group of samples, at all of their steps (D.1, D.5)

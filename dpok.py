@@ -326,7 +326,7 @@ def train(config: Config) -> Path:
             advantage = advantage - value_network(*states).detach().view(N, K)
             fit["value_error"] = advantage.square().mean().item()
             advantage = advantage - advantage.mean()
-        if config.noise_aware:
+        if config.noise_aware:  # not in the paper
             advantage = advantage * noise_weights(pipe.scheduler, config.eta)
 
         # 4. Update: one optimiser step per n random pairs (i, k), by Eq. 9

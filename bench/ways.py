@@ -3,13 +3,13 @@
     python bench/ways.py               # Stable Diffusion's size, in fp16 on a GPU
     python bench/ways.py --size tiny   # a minute on a CPU: whether the command works
 
-Each way has a process of its own, with random weights. Measured are the seconds to the first call
-with a backward pass and to the first one without, the median time of later calls, and how far the
-ratio is from 1 before the first update, by timestep. Sampling needs no gradient and updates do, so
-the two may run differently rounded kernels, and the clip range is 1e-4. The ratio is that of a
-fresh LoRA, on samples that share their UNet calls with other samples than in the update. Blocks are
-compiled whole (fullgraph), so that nothing falls back to eager silently. The tables go to stdout,
-and a line to bench/results/ways.jsonl.
+Each way has a process of its own, with random weights. Its table row has the seconds to the first
+call with a backward pass and to the first one without, the median time of later calls, and how far
+the ratio is from 1 before the first update, at the worst timestep. Sampling needs no gradient and
+updates do, so the two may run kernels that round differently, and the clip range is 1e-4. As in a
+run, LoRA is fresh, and in the update a sample shares its UNet call with other samples than it did
+in sampling. Blocks are compiled whole (fullgraph), so that nothing falls back to eager silently.
+The table goes to stdout, and a line with the ratio at every timestep to bench/results/ways.jsonl.
 """
 import argparse
 import dataclasses

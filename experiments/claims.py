@@ -72,10 +72,14 @@ ALL = dpok.load_prompts("shapes/prompts.txt")
 OTHER = [prompt for prompt in ALL if prompt not in (*KINDS.values(), *UNSEEN.values())]
 FIRST = 100  # no setting was chosen on seeds 100, 101, ...
 BLOCKS = 8  # of 128 images each, on which the pre-trained model is measured
-STAGES = {"DDPO jpeg": (12, 22), "DDPO incompressibility": (12, 22)}  # run: further epochs
+STAGES = {"DDPO jpeg": (12, 22), "DDPO incompressibility": (12, 22),  # run: further epochs
+          "DDPO noise_aware jpeg": (4, 8, 12, 16, 22),
+          "DDPO noise_aware incompressibility": (4, 8, 12, 16, 22)}
 QUICK = {"RL count": 12, "KL-O count": 12, "DDPO jpeg": 15}  # run: epochs
+LAST = 4  # epochs over which the reward of training images is averaged
 # Number of seeds: standard errors from the mean to the end of its 95 % interval (Student's t)
-STUDENT = {8: 2.36, 9: 2.31, 10: 2.26, 11: 2.23, 12: 2.2, 13: 2.18, 14: 2.16, 15: 2.14, 16: 2.13}
+STUDENT = {4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 11: 2.23, 12: 2.2,
+           13: 2.18, 14: 2.16, 15: 2.14, 16: 2.13}
 
 
 # ---------- the runs
@@ -83,10 +87,11 @@ STUDENT = {8: 2.36, 9: 2.31, 10: 2.26, 11: 2.23, 12: 2.2, 13: 2.18, 14: 2.16, 15
 ALIGNMENT = "shapes/shapes_reward.py:alignment"
 COMMON = "--device cpu --precision fp32 --model shapes --steps 10 --guidance 2 --batch 64"
 SHARED = {  # script: what its runs have besides COMMON, unless a run names another value
-    ddpo: "--prompts shapes/prompts.txt --samples_per_epoch 64 --lr 3e-3 --clip_range 6.4e-3",
+    ddpo: "--prompts shapes/prompts.txt --samples_per_epoch 64 --lr 3e-3 --clip_range 6.4e-3 "
+          "--noise_aware False",
     dpok: f"--reward {ALIGNMENT} --samples_per_epoch 64 --updates_per_epoch 5 --update_batch 128 "
           "--alpha 10 --beta 0.01 --value_lr 3e-4 --value_steps 10 --gamma 0.1 --lr 2e-3 "
-          "--clip_range 6.4e-3 --evaluation_images 0",
+          "--clip_range 6.4e-3 --evaluation_images 0 --noise_aware False",
     rwr: "--prompts shapes/prompts.txt --samples_per_epoch 256 --updates_per_epoch 10 "
          "--update_batch 128 --inverse_temperature 10 --lr 3e-3",
 }
@@ -98,6 +103,7 @@ class Run(NamedTuple):
     script: ModuleType
     kind: str   # its prompts: a kind of KINDS, or "all" for those of shapes/prompts.txt
     flags: str  # its own settings
+    seeds: int = 8
 
 
 RUNS = {
@@ -136,12 +142,36 @@ RUNS = {
     "no value location": Run(dpok, "location", "--epochs 30 --no-value"),
     "jpeg beta 0": Run(dpok, "count", "--reward jpeg --epochs 20 --beta 0"),
     "jpeg beta 0.5": Run(dpok, "count", "--reward jpeg --epochs 20 --beta 0.5"),
+    # With --noise_aware, and 50 steps with and without it
+    "DDPO noise_aware jpeg": Run(ddpo, "all", "--reward jpeg --epochs 32 --noise_aware"),
+    "DDPO noise_aware incompressibility":
+        Run(ddpo, "all", "--reward incompressibility --epochs 32 --noise_aware"),
+    "DDPO noise_aware colour":
+        Run(ddpo, "colour", f"--reward {ALIGNMENT} --epochs 20 --noise_aware"),
+    "DDPO noise_aware count": Run(ddpo, "count", f"--reward {ALIGNMENT} --epochs 20 --noise_aware"),
+    "DDPO noise_aware composition":
+        Run(ddpo, "composition", f"--reward {ALIGNMENT} --epochs 20 --noise_aware"),
+    "DDPO noise_aware location":
+        Run(ddpo, "location", f"--reward {ALIGNMENT} --epochs 30 --noise_aware"),
+    "SF noise_aware jpeg": Run(single_pass, "all", "--reward jpeg --epochs 32 --noise_aware"),
+    "RL noise_aware composition": Run(dpok, "composition", "--epochs 20 --noise_aware"),
+    "RL noise_aware location": Run(dpok, "location", "--epochs 30 --noise_aware"),
+    "DDPO noise_aware jpeg kl_weight":
+        Run(ddpo, "all", "--reward jpeg --epochs 32 --kl_weight 0.3 --noise_aware"),
+    "DDPO 50_steps jpeg": Run(ddpo, "all", "--reward jpeg --epochs 16 --steps 50", seeds=4),
+    "DDPO 50_steps noise_aware jpeg":
+        Run(ddpo, "all", "--reward jpeg --epochs 16 --steps 50 --noise_aware", seeds=4),
+    "DDPO 50_steps location":
+        Run(ddpo, "location", f"--reward {ALIGNMENT} --epochs 16 --steps 50", seeds=4),
+    "DDPO 50_steps noise_aware location":
+        Run(ddpo, "location", f"--reward {ALIGNMENT} --epochs 16 --steps 50 --noise_aware",
+            seeds=4),
 }
 
 
 def arguments(name: str) -> str:
     """Get the flags of a run that its script's runs do not share."""
-    _, kind, flags = RUNS[name]
+    kind, flags = RUNS[name].kind, RUNS[name].flags
     if kind in KINDS:
         return f"--prompts {shlex.quote(KINDS[kind])} {flags}"
     return flags
@@ -182,7 +212,7 @@ def fingerprint(name: str) -> str:
 
 # ---------- training and measuring
 
-def score(pipe, prompts: list, count: int, seed: int, epoch: int) -> dict:
+def score(pipe, prompts: list, count: int, seed: int, epoch: int, steps: int = 10) -> dict:
     """Score about `count` images of a model, as many for each prompt -> {measure: its mean}."""
     texts = []
     for prompt in prompts:
@@ -190,7 +220,7 @@ def score(pipe, prompts: list, count: int, seed: int, epoch: int) -> dict:
     generators = []
     for i in range(len(texts)):
         generators.append(dpok.generator(seed, 100_000 + epoch, i))  # no training has this epoch
-    images = dpok.sample(pipe, texts, settings("RL count"), generators).images
+    images = dpok.sample(pipe, texts, settings("RL count", steps=steps), generators).images
     pixels = np.stack([np.asarray(image, np.float32) / 255 for image in images])
     by_prompt = pixels.reshape(len(prompts), -1, pixels[0].size)
     scores = {"alignment": shapes_reward.alignment(images, texts).mean().item(),
@@ -225,7 +255,7 @@ def measured_sets(name: str) -> list[str]:
 def run(name: str, seed: int, folder: Path = FOLDER, device: str = "cpu", **more) -> dict:
     """Train on one thread, and measure on the CPU -> what claims.json keeps of a run."""
     torch.set_num_threads(1)
-    script, kind, _ = RUNS[name]
+    script, kind = RUNS[name].script, RUNS[name].kind
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder / f"{name}-{seed}"
     config = settings(name, seed=seed, out=folder, sample_every=1, **more)  # keeps all LoRAs
@@ -251,7 +281,7 @@ def run(name: str, seed: int, folder: Path = FOLDER, device: str = "cpu", **more
                 count = 128 if where == "trained" else 64
                 if script is rwr:
                     count = 384
-                scores = score(pipe, prompts, count, seed, epoch)
+                scores = score(pipe, prompts, count, seed, epoch, config.steps)
                 measured.setdefault(where, {})[epoch] = scores
             pipe.unload_lora_weights()
     return {"settings": fingerprint(name), "ends": ends, "queries": int(log["reward_queries"][-1]),
@@ -350,16 +380,17 @@ def run_all(jobs: list, at_once: int, file: Path) -> int:
 
 # ---------- effects: differences of scores, one for each seed
 
-def finished(stored: dict, least: int = 8) -> dict[str, list]:
-    """Choose the runs that are finished with at least `least` seeds -> {run: [what is kept of each
-    seed]}. Runs with other settings than today's do not count."""
+def finished(stored: dict, least: int | None = None) -> dict[str, list]:
+    """Choose the runs that are finished with at least `least` seeds, or as many as RUNS says
+    -> {run: [what is kept of each seed]}. Runs with other settings than today's do not count."""
     found = {name: [] for name in RUNS}
     fingerprints = {name: fingerprint(name) for name in RUNS}
     for key, kept in sorted(stored["runs"].items()):
         name, _, seed = key.rpartition("-")
         if name in RUNS and kept["settings"] == fingerprints[name]:
             found[name].append(kept | {"seed": int(seed)})
-    return {name: runs for name, runs in found.items() if len(runs) >= least}
+    return {name: runs for name, runs in found.items()
+            if len(runs) >= (least or RUNS[name].seeds)}
 
 
 def over_seeds(found: dict, name: str, what: str = "strict", where: str = "trained",
@@ -415,19 +446,46 @@ class Effects:
         """Compare the pre-trained model with a run."""
         return opposite(self.gained(name, what, where, epoch))
 
-    def ahead(self, one, other, what="strict", where="trained", last=3) -> Part | None:
-        """Compare two runs, seed by seed; None also if they share too few seeds."""
+    def common(self, one, other) -> dict | None:
+        """Choose the seeds that two runs share -> {run: [what is kept of each]}, None if they are
+        too few."""
         if one not in self.found or other not in self.found:
             return None
         seeds = {kept["seed"] for kept in self.found[one]}
         seeds &= {kept["seed"] for kept in self.found[other]}
-        if len(seeds) < min(len(self.found[one]), min(STUDENT)):
+        if len(seeds) < min(len(self.found[one]), RUNS[one].seeds):
             return None
-        values = []
-        for name in (one, other):
-            common = [kept for kept in self.found[name] if kept["seed"] in seeds]
-            values.append(over_seeds({name: common}, name, what, where, last=last))
+        return {name: [kept for kept in self.found[name] if kept["seed"] in seeds]
+                for name in (one, other)}
+
+    def ahead(self, one, other, what="strict", where="trained", last=3) -> Part | None:
+        """Compare two runs, seed by seed; None also if they share too few seeds."""
+        both = self.common(one, other)
+        if both is None:
+            return None
+        values = [over_seeds(both, name, what, where, last=last) for name in (one, other)]
         return Part([one, other], values[0] - values[1], 0)
+
+    def saved(self, one, other) -> Part | None:
+        """Compute the share of reward queries that `one` saves, seed by seed, when it stops as soon
+        as its reward (a mean of LAST epochs) is that with which `other` ends. If it never is,
+        nothing is saved."""
+        both = self.common(one, other)
+        if both is None:
+            return None
+        shares = []
+        for first, second in zip(both[one], both[other]):
+            reached = np.flatnonzero(moving_mean(first["reward_mean"])
+                                     >= moving_mean(second["reward_mean"])[-1])
+            epochs = len(first["reward_mean"])
+            needed = reached[0] + LAST if len(reached) else epochs
+            shares.append(1 - needed / epochs)
+        return Part([one, other], np.array(shares), 0)
+
+
+def moving_mean(values: list) -> np.ndarray:
+    """Average each LAST neighbours."""
+    return np.convolve(values, np.ones(LAST) / LAST, "valid")
 
 
 def opposite(part: Part | None) -> Part | None:
@@ -442,7 +500,8 @@ def opposite(part: Part | None) -> Part | None:
 def claims(before: dict, found: dict) -> list[Claim]:
     """List the claims with the effects of the runs that are finished."""
     effects = Effects(before, found)
-    return [*ddpo_claims(effects), *dpok_claims(effects), *transfer_claims(effects)]
+    return [*ddpo_claims(effects), *dpok_claims(effects), *transfer_claims(effects),
+            *noise_aware_claims(effects)]
 
 
 def ddpo_claims(effects: Effects) -> list[Claim]:
@@ -528,6 +587,63 @@ def transfer_claims(effects: Effects) -> list[Claim]:
               0, {"": ahead("jpeg beta 0.5", "jpeg beta 0", "diversity", "other")})]
 
 
+def noise_aware_claims(effects: Effects) -> list[Claim]:
+    """List the claims on --noise_aware, which is not in the papers, against the same runs without
+    it. Those with 50 steps are compared with each other."""
+    gained, lost, ahead, saved = effects.gained, effects.lost, effects.ahead, effects.saved
+
+    def more_reward(one: str, other: str, task: str, last: int = 3) -> Part | None:
+        what = "alignment" if task in KINDS else "size"
+        part = ahead(f"{one} {task}", f"{other} {task}", what, last=last)
+        return opposite(part) if task == "jpeg" else part
+
+    aware, published = "DDPO noise_aware", "DDPO"
+    tasks = "jpeg", "incompressibility", *UNSEEN
+    quoted = {task: task if task in KINDS else f"`{task}`" for task in tasks}
+    at_50 = {f"50 steps, {quoted[task]}": task for task in ("jpeg", "location")}
+    aware_50, published_50 = "DDPO 50_steps noise_aware", "DDPO 50_steps"
+
+    rewards_of_is = {quoted[task]: more_reward(aware, published, task) for task in tasks}
+    rewards_of_is |= {title: more_reward(aware_50, published_50, task)
+                      for title, task in at_50.items()}
+    accuracies = {quoted[task]: ahead(f"{aware} {task}", f"DDPO {task}") for task in UNSEEN}
+    accuracies["50 steps, location"] = ahead(f"{aware_50} location", f"{published_50} location")
+    savings = {quoted[task]: saved(f"{aware} {task}", f"DDPO {task}") for task in tasks}
+    savings |= {title: saved(f"{aware_50} {task}", f"{published_50} {task}")
+                for title, task in at_50.items()}
+    units = "(kB for the size of a JPEG, alignment for the others)"
+    flag = "With `--noise_aware`,"
+    made = [
+        Claim("", f"{flag} DDPO_IS ends with more reward than without it {units}", 0,
+              rewards_of_is),
+        Claim("", f"{flag} DDPO_IS ends with higher strict accuracy than without it", 0,
+              accuracies),
+        Claim("", f"{flag} DDPO_IS needs fewer queries for the reward with which it ends without "
+              "it (shown: the share saved)", 0, savings),
+        Claim("", f"{flag} DDPO_SF ends with more reward than without it, kB", 0,
+              {"`jpeg`": more_reward("SF noise_aware", "SF", "jpeg")})]
+    for other in ("RWR", "RWR_sparse"):
+        parts = {quoted[task]: more_reward(aware, other, task, last=1)
+                 for task in ("jpeg", "incompressibility", "count")}
+        made.append(Claim("DDPO Fig. 4", f"{flag} DDPO_IS ends with more reward than {other} "
+                          f"{units}", 0, parts))
+    accuracies = {task: ahead(f"RL noise_aware {task}", f"RL {task}")
+                  for task in ("composition", "location")}
+    losses = {quoted[task]: lost(f"{aware} {task}") for task in ("jpeg", "incompressibility")}
+    return [
+        *made,
+        Claim("", f"{flag} DPOK ends with higher strict accuracy than without it", 0, accuracies),
+        Claim("DDPO A", f"{flag} DDPO over-optimises a JPEG's size: strict accuracy falls by 0.15 "
+              "or more", 0.15, losses),
+        Claim("DDPO A", f"{flag} and `--kl_weight`, DDPO on `jpeg` loses at most 0.1 strict "
+              "accuracy (shown: the change)", -0.1,
+              {"": gained("DDPO noise_aware jpeg kl_weight")}),
+        Claim("DDPO A", f"{flag} and `--kl_weight`, DDPO on `jpeg` makes files smaller than with "
+              "`--kl_weight` alone, kB", 0,
+              {"": opposite(ahead("DDPO noise_aware jpeg kl_weight", "DDPO jpeg kl_weight",
+                                  "size"))})]
+
+
 def verdict(part: Part, least: float) -> str:
     """Judge a part of a claim by its mean effect over seeds and the 95 % interval of it.
 
@@ -545,19 +661,20 @@ def verdict(part: Part, least: float) -> str:
     return "inconclusive"
 
 
-def repeat(stored: dict, again: dict, count: int):
-    """Print whether the mean over `count` other seeds, or of the same on another device, lies where
-    the recorded seeds lead to expect that of other seeds in 95 of 100 cases."""
+def repeat(stored: dict, again: dict, least: int):
+    """Print whether the mean over at least `least` other seeds, or of the same on another device,
+    lies where the recorded seeds lead to expect that of other seeds in 95 of 100 cases."""
     before = stored["pre-trained"]
     recorded_claims = claims(before, finished(stored))
-    new_claims = claims(before, finished(again, count))
+    new_claims = claims(before, finished(again, least))
     for recorded, new in zip(recorded_claims, new_claims):
         for name in recorded.parts:
             if not recorded.parts[name] or not new.parts[name]:
                 continue
             old = recorded.parts[name].effect
-            mean = new.parts[name].effect.mean()
-            reach = STUDENT[len(old)] * old.std(ddof=1) * (1 / len(old) + 1 / count) ** 0.5
+            others = new.parts[name].effect
+            mean = others.mean()
+            reach = STUDENT[len(old)] * old.std(ddof=1) * (1 / len(old) + 1 / len(others)) ** 0.5
             says = "within" if abs(mean - old.mean()) <= reach else "OUTSIDE"
             what = f"{recorded.text}, {name}" if name else recorded.text
             print(f"{what}: {mean:.2f}, {says} {old.mean():.2f} ± {reach:.2f}")
@@ -611,7 +728,7 @@ def ddpo_table(before: dict, found: dict) -> list[str]:
     start = [f"{before['all']['trained'][what]:.2f}" for what in measures]
     lines.append(row("pre-trained", "", *start, "0"))
     for name in found:
-        if RUNS[name].kind != "all":
+        if RUNS[name].kind != "all" or "50_steps" in name:
             continue
         for epoch in STAGES.get(name, ()):
             scores = [spread(over_seeds(found, name, what, epoch=epoch)) for what in measures]
@@ -730,8 +847,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="", metavar="NAME",
                         help="the run of this name or, failing that, the runs with it in theirs")
-    parser.add_argument("--count", type=int, choices=STUDENT, default=8,
-                        help=f"number of seeds, from {FIRST} on")
+    parser.add_argument("--count", type=int, choices=STUDENT,
+                        help=f"number of seeds, from {FIRST} on (default: 8, with 50 steps 4)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[],
                         help="other seeds, to be compared with the recorded ones")
     parser.add_argument("--device", default="cpu",
@@ -746,22 +863,26 @@ def main() -> int:
     if not names:
         parser.error(f"no run has {options.only!r} in its name; the runs are {', '.join(RUNS)}")
     if options.quick:
-        if options.only or options.seeds or options.device != "cpu" or options.count != 8:
+        if options.only or options.seeds or options.device != "cpu" or options.count:
             parser.error("--quick cannot be combined with --only, --count, --seeds or --device")
         return int(quick(options.jobs) > 0)
-    seeds = options.seeds or range(FIRST, FIRST + options.count)
     is_repeat = bool(options.seeds) or options.device != "cpu"
+    seeds_of = {}
+    for name in names:
+        count = options.count or RUNS[name].seeds
+        seeds_of[name] = options.seeds or range(FIRST, FIRST + count)
     folder = FOLDER
     if is_repeat:
+        seeds = max(seeds_of.values(), key=len)
         folder /= f"{options.device}-seeds-{'-'.join(str(seed) for seed in seeds)}"
     jobs = []
-    for name in names:
+    for name, seeds in seeds_of.items():
         for seed in seeds:
             jobs.append((name, seed, {"device": options.device, "folder": folder}))
     if is_repeat:
         again = folder.with_suffix(".json")
         failed = run_all(jobs, options.jobs, again)
-        repeat(load(RECORDED), load(again), len(seeds))
+        repeat(load(RECORDED), load(again), min(len(seeds) for seeds in seeds_of.values()))
         return int(failed > 0)
     stored = load(RECORDED)
     if not stored["pre-trained"]:

@@ -22,7 +22,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 RESULTS = claims.RECORDED.parent
-TITLES = {"DDPO": "DDPO_IS", "SF": "DDPO_SF"}  # of methods in DDPO's Fig. 4; others as they are
+TITLES = {"DDPO": "DDPO_IS", "SF": "DDPO_SF",  # of methods in DDPO's Fig. 4; others as they are
+          "DDPO noise_aware": "DDPO_IS --noise_aware"}
 
 
 def axes(rows: int, title: str):
@@ -41,7 +42,7 @@ def plot_fig4(before: dict, found: dict):
     units = {"jpeg": "reward, −kB", "incompressibility": "reward, kB",
              "count": "reward, alignment"}
     for axis, (reward, unit) in zip(panels, units.items()):
-        for method in ("DDPO", "SF", "RWR", "RWR_sparse"):
+        for method in ("DDPO", "SF", "RWR", "RWR_sparse", "DDPO noise_aware"):
             runs = found[f"{method} {reward}"]
             values = np.array([kept["reward_mean"] for kept in runs])  # (seeds, epochs)
             mean = values.mean(0)
@@ -120,12 +121,16 @@ def plot_overoptimisation(before: dict, found: dict):
         1, "As files get smaller, fewer images match their captions, except with a KL penalty "
         "(DDPO, A)")
     start = before["all"]["trained"]
-    for name in ("DDPO jpeg", "DDPO incompressibility", "DDPO jpeg kl_weight", "DDPO jpeg max_kl"):
+    for name, line in {"DDPO jpeg": "C0o-", "DDPO noise_aware jpeg": "C0o:",
+                       "DDPO incompressibility": "C1o-",
+                       "DDPO noise_aware incompressibility": "C1o:",
+                       "DDPO jpeg kl_weight": "C2o-", "DDPO noise_aware jpeg kl_weight": "C2o:",
+                       "DDPO jpeg max_kl": "C3o-"}.items():
         sizes, strict = [start["size"]], [start["strict"]]
         for epoch in (*STAGES.get(name, ()), None):  # None: the end
             sizes.append(over_seeds(found, name, "size", epoch=epoch).mean())
             strict.append(over_seeds(found, name, "strict", epoch=epoch).mean())
-        axis.plot(sizes, strict, "o-", label=name.removeprefix("DDPO "), markersize=4)
+        axis.plot(sizes, strict, line, label=name.removeprefix("DDPO "), markersize=4)
     axis.plot(start["size"], start["strict"], "k*", markersize=11, label="pre-trained")
     axis.set(xlabel="size of the JPEG, kB", ylabel="strict accuracy", ylim=(0, None))
     axis.legend(fontsize=8)

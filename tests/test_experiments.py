@@ -441,11 +441,32 @@ def test_a_run_that_chooses_has_the_weights_of_its_rule_and_keeps_its_epochs(
     assert len(run["reward"]) == len(run["kl"]) == 2
 
 
-def test_the_page_has_the_table_of_the_choice():
+def test_the_finalists_are_the_published_weights_and_the_two_best_rules_without_collapse():
+    """The gains in reward grow with the learning rate: 0.1, 0.25 and 0.4 of the number of the rule.
+    Only rule 4 collapses, at its highest rate, so that its best rate is the second."""
+    before = {"all": {"trained": {"size": 2.0, "alignment": 0.7, "strict": 0.5}},
+              "location": {"trained": {"size": 1.7, "alignment": 0.6, "strict": 0.5}}}
+    runs = {}
+    for rule, lr, task, seed in choose.first_runs():
+        number = choose.RULES.index(rule)
+        gain = number * {1.5e-3: 0.1, 3e-3: 0.25, 6e-3: 0.4}[lr]
+        strict = 0.2 if number == 4 and lr == 6e-3 else 0.5
+        reward = {"incompressibility": 2.0, "location": 0.6}[task] + gain
+        runs[choose.key(rule, lr, task, seed)] = {"reward": [reward] * 16, "strict": [strict] * 16}
+    shares = choose.shares({"runs": runs}, before)
+    assert shares[choose.RULES[2], 3e-3] == pytest.approx(0.5 / 1.6)
+    assert choose.finalists({"runs": runs}, before) == {
+        choose.RULES[0]: 1.5e-3, choose.RULES[3]: 6e-3, choose.RULES[4]: 3e-3}
+    assert choose.start(before, "jpeg") == {"reward": -2.0, "strict": 0.5}
+
+
+def test_the_page_has_the_tables_of_the_choice():
     """With the finished runs. `--noise_aware` is the rule that the page names."""
     page = claims.PAGE.read_text(encoding="utf-8")
-    table = choose.table(claims.load(choose.FILE), claims.load(claims.RECORDED)["pre-trained"])
-    assert "\n".join(table) in page
+    stored = claims.load(choose.FILE)
+    before = claims.load(claims.RECORDED)["pre-trained"]
+    assert "\n".join(choose.first_table(stored, before)) in page
+    assert "\n".join(choose.final_table(stored, before)) in page
     scheduler = diffusers.DDIMScheduler.from_pretrained(ROOT / "shapes" / "scheduler")
     scheduler.set_timesteps(10)
     rules = noise.rules(*noise.step_coefficients(scheduler, 1.0))
@@ -583,6 +604,13 @@ def test_the_methods_of_fig_4_have_as_many_reward_queries(method, reward):
     assert queries == ours.epochs * ours.samples_per_epoch
 
 
+@pytest.mark.parametrize("name", [name for name in claims.RUNS if " noise_aware" in name])
+def test_a_noise_aware_run_differs_from_its_partner_by_the_flag_alone(name):
+    partner = claims.settings(name.replace(" noise_aware", ""))
+    assert not partner.noise_aware
+    assert claims.settings(name) == dataclasses.replace(partner, noise_aware=True)
+
+
 @pytest.mark.parametrize("name", ["DDPO jpeg", "SF jpeg", "RWR count", "RL count", "KL-O count"])
 def test_a_run_of_the_claims_does_not_depend_on_the_settings_of_shapes(
         name, tmp_path, monkeypatch):
@@ -649,13 +677,15 @@ def test_no_two_runs_have_the_same_fingerprint():
 
 
 def test_every_stored_run_counts():
-    """No change of settings has orphaned a run: 30 runs with 8 seeds each, and 8 more of one."""
+    """No change of settings has orphaned a run: 40 runs with 8 seeds each, 8 more of one, and 4 runs
+    of 50 steps with 4 seeds."""
     stored = claims.load(claims.RECORDED)
     counts = {name: len(runs) for name, runs in claims.finished(stored).items()}
     assert counts.keys() == claims.RUNS.keys()
     assert counts.pop("DDPO location") == 16
-    assert set(counts.values()) == {8}
-    assert len(stored["runs"]) == 248
+    for name, count in counts.items():
+        assert count == (4 if "50_steps" in name else 8), name
+    assert len(stored["runs"]) == 344
 
 
 # ---------- the claims: what is measured and kept
@@ -669,13 +699,25 @@ def lora_of(pipe):
     return weights
 
 
+def test_queries_are_saved_from_the_epoch_at_which_the_others_end_is_reached():
+    """The other ends with a mean of 4 over four epochs. With seed 1 that is reached after epoch 5
+    of 8, with seed 2 never. With seed 3 both are the same run, so that nothing is saved."""
+    rising = [1, 1, 1, 1, 13, 1, 1, 1]
+    other = [1, 2, 3, 3, 4, 4, 4, 4]
+    found = {"DDPO count": [{"seed": seed, "reward_mean": other} for seed in (1, 2, 3)],
+             "SF count": [{"seed": 1, "reward_mean": rising}, {"seed": 2, "reward_mean": [1] * 8},
+                          {"seed": 3, "reward_mean": other}]}
+    part = claims.Effects({}, found).saved("SF count", "DDPO count")
+    assert part.effect.tolist() == [3 / 8, 0, 0]
+
+
 @pytest.fixture
 def small_run(tmp_path, monkeypatch):
     """A run of the claims with tiny settings -> what is kept of it, its folder, and for each epoch
     at which it was measured the LoRA and the number of images."""
     measured = {}
 
-    def fake_score(pipe, prompts, count, seed, epoch):
+    def fake_score(pipe, prompts, count, seed, epoch, steps):
         measured[epoch] = lora_of(pipe), count
         return {"strict": epoch / 100}
 

@@ -2,17 +2,22 @@
 
     python experiments/choose.py  # the runs that results/choice.json lacks, two at a time
 
-Each rule of noise.py, the published weights among them, is tried at each learning rate, on two
-tasks, with three seeds. All runs have the same number of reward queries, 1,024. A run is judged by
+First, each rule of noise.py, the published weights among them, is tried at each learning rate, on
+two tasks, with three seeds. Then the finalists, which are the published weights and the two best
+other rules, each at its best rate, are tried on all tasks of LEVELS with eight seeds. All runs have
+the same number of reward queries, 1,024. A run is judged by
 
 - its reward: the mean over its last four epochs;
 - its strict accuracy at equal reward: at the point, interpolated linearly, where the mean reward of
   four epochs first reaches the task's value in LEVELS;
 - collapse: strict accuracy ends below half of the pre-trained model's.
 
-All of this is about the training images of an epoch. results/choice.json has a line for each
-finished run, with the mean reward, the strict accuracy and the KL of each epoch, and is also the
-cache. The table is printed from it.
+All of this is about the training images of an epoch. The share of a rule at a rate is its gain in
+reward over the pre-trained model, divided by the largest gain at the same task, and averaged over
+the two tasks. It decides who the finalists are. Rates at which a run collapses are left out.
+
+results/choice.json has a line for each finished run, with the mean reward, the strict accuracy and
+the KL of each epoch, and is also the cache. The tables are printed from it.
 """
 import contextlib
 import shutil
@@ -36,9 +41,12 @@ FILE = claims.RECORDED.parent / "choice.json"
 FOLDER = claims.FOLDER.parent / "choice"
 RULES = list(noise.rules(torch.ones(10), torch.ones(10)))
 RATES = 1.5e-3, 3e-3, 6e-3
-LEVELS = {"incompressibility": 2.0, "location": 0.7}  # task: kB, alignment
-EPOCHS = 16
+TASKS = "incompressibility", "location"  # on which each rule is tried
 SEEDS = range(300, 303)
+LEVELS = {"incompressibility": 2.0, "jpeg": -1.75, "location": 0.7, "composition": 0.82,
+          "count": 0.88}  # task of the finalists: kB, -kB, and alignment
+FINAL_SEEDS = range(300, 308)
+EPOCHS = 16
 LAST = 4  # epochs over which a run's numbers are averaged
 
 
@@ -78,18 +86,26 @@ def key(rule: str, lr: float, task: str, seed: int) -> str:
     return f"{rule}, lr {lr:g}, {task}, {EPOCHS} epochs, seed {seed}"
 
 
-def run_all():
-    """Make the runs that choice.json lacks, all of one seed before the next."""
+def first_runs() -> list[tuple]:
+    """List the runs in which each rule is tried, all of one seed before the next."""
+    return [(rule, lr, task, seed)
+            for seed in SEEDS for task in TASKS for rule in RULES for lr in RATES]
+
+
+def final_runs(rates: dict) -> list[tuple]:
+    """List the runs of the finalists {rule: learning rate}, all of one seed before the next."""
+    return [(rule, lr, task, seed)
+            for seed in FINAL_SEEDS for task in LEVELS for rule, lr in rates.items()]
+
+
+def run_all(runs: list[tuple]):
+    """Make the runs that choice.json lacks."""
     stored = {"runs": claims.load(FILE)["runs"]}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         waiting = {}
-        for seed in SEEDS:
-            for task in LEVELS:
-                for rule in RULES:
-                    for lr in RATES:
-                        name = key(rule, lr, task, seed)
-                        if name not in stored["runs"]:
-                            waiting[pool.submit(train, rule, lr, task, seed)] = name
+        for run in runs:
+            if key(*run) not in stored["runs"]:
+                waiting[pool.submit(train, *run)] = key(*run)
         for job in claims.finished_jobs(pool, waiting):
             stored["runs"][waiting[job]] = job.result()
             claims.save(FILE, stored)
@@ -116,40 +132,109 @@ def strict_at(run: dict, level: float) -> float | None:
     return float(strict[i - 1] + share * (strict[i] - strict[i - 1]))
 
 
-def cells(runs: list, task: str, start: float) -> list[str]:
+def start(before: dict, task: str) -> dict:
+    """Get the scores of the pre-trained model, whose `before` is that of claims.json."""
+    scores = before[claims.RUNS[f"DDPO {task}"].kind]["trained"]
+    rewards_of_tasks = {"jpeg": -scores["size"], "incompressibility": scores["size"]}
+    return {"reward": rewards_of_tasks.get(task, scores["alignment"]), "strict": scores["strict"]}
+
+
+def found(stored: dict, rule: str, lr: float, task: str, seeds) -> list[dict]:
+    """Get the finished runs of a rule at a learning rate."""
+    names = [key(rule, lr, task, seed) for seed in seeds]
+    return [stored["runs"][name] for name in names if name in stored["runs"]]
+
+
+def collapsed(runs: list, before: dict, task: str) -> int:
+    """Count the runs whose strict accuracy ends below half of the pre-trained model's."""
+    return sum(ends_with(run, "strict") < start(before, task)["strict"] / 2 for run in runs)
+
+
+def mean_reward(runs: list) -> float:
+    """Average the reward at the end over runs."""
+    return float(np.mean([ends_with(run, "reward") for run in runs]))
+
+
+def shares(stored: dict, before: dict) -> dict[tuple, float]:
+    """Compute the share of each (rule, learning rate) that has been tried on all TASKS."""
+    gains = {}
+    for rule in RULES:
+        for lr in RATES:
+            tried = {task: found(stored, rule, lr, task, SEEDS) for task in TASKS}
+            if all(tried.values()):
+                gains[rule, lr] = [mean_reward(runs) - start(before, task)["reward"]
+                                   for task, runs in tried.items()]
+    largest = np.max(list(gains.values()), 0)
+    return {setting: float(np.mean(gain / largest)) for setting, gain in gains.items()}
+
+
+def finalists(stored: dict, before: dict) -> dict[str, float]:
+    """Choose the published weights and the two rules with the largest share, each at the rate with
+    its largest share -> {rule: learning rate}."""
+    share_of = shares(stored, before)
+    rates = {}
+    for rule, lr in sorted(share_of, key=share_of.get, reverse=True):
+        tried = {task: found(stored, rule, lr, task, SEEDS) for task in TASKS}
+        if not any(collapsed(runs, before, task) for task, runs in tried.items()):
+            rates.setdefault(rule, lr)
+    published, *others = RULES
+    best = [rule for rule in rates if rule in others][:2]
+    return {rule: rates[rule] for rule in (published, *best)}
+
+
+def spread(values: list) -> str:
+    """Write mean ± standard error over seeds, or a single value."""
+    return claims.spread(np.array(values)) if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def cells(runs: list, before: dict, task: str) -> list[str]:
     """Write reward, strict accuracy at equal reward, and collapses of the seeds of one setting."""
     if not runs:
         return ["", "", ""]
     at_level = [strict_at(run, LEVELS[task]) for run in runs]
     reached = [strict for strict in at_level if strict is not None]
-    strict = f"{np.mean(reached):.2f} ({len(reached)} of {len(runs)})" if reached else "not reached"
-    collapsed = sum(ends_with(run, "strict") < start / 2 for run in runs)
-    return [f"{np.mean([ends_with(run, 'reward') for run in runs]):.2f}", strict,
-            f"{collapsed} of {len(runs)}"]
+    strict = f"{spread(reached)} ({len(reached)} of {len(runs)})" if reached else "not reached"
+    reward = spread([ends_with(run, "reward") for run in runs])
+    return [reward, strict, f"{collapsed(runs, before, task)} of {len(runs)}"]
 
 
-def table(stored: dict, before: dict) -> list[str]:
-    """Write what the finished runs have shown. `before` is the pre-trained model of claims.json."""
+def first_table(stored: dict, before: dict) -> list[str]:
+    """Write what each rule has shown. `before` is the pre-trained model of claims.json."""
     columns = []
-    for task, level in LEVELS.items():
-        columns += [f"{task}: reward", f"strict at {level:g}", "collapsed"]
-    lines = claims.header("weights", "learning rate", *columns)
+    for task in TASKS:
+        columns += [f"{task}: reward", f"strict at {LEVELS[task]:g}", "collapsed"]
+    lines = claims.header("weights", "learning rate", *columns, "share")
+    share_of = shares(stored, before)
     for rule in RULES:
         for lr in RATES:
             row = [rule, f"{lr:g}"]
-            for task in LEVELS:
-                kind = claims.RUNS[f"DDPO {task}"].kind
-                names = [key(rule, lr, task, seed) for seed in SEEDS]
-                runs = [stored["runs"][name] for name in names if name in stored["runs"]]
-                row += cells(runs, task, before[kind]["trained"]["strict"])
-            lines.append(claims.row(*row))
+            for task in TASKS:
+                runs = found(stored, rule, lr, task, SEEDS)
+                row += cells(runs, before, task)
+            share = f"{share_of[rule, lr]:.2f}" if (rule, lr) in share_of else ""
+            lines.append(claims.row(*row, share))
+    return lines
+
+
+def final_table(stored: dict, before: dict) -> list[str]:
+    """Write what the finalists have shown."""
+    lines = claims.header("task", "weights", "learning rate", "reward", "strict at equal reward",
+                          "collapsed")
+    for task, level in LEVELS.items():
+        for rule, lr in finalists(stored, before).items():
+            runs = found(stored, rule, lr, task, FINAL_SEEDS)
+            row = cells(runs, before, task)
+            lines.append(claims.row(f"{task} ({level:g})", rule, f"{lr:g}", *row))
     return lines
 
 
 def main():
-    """Make the runs that are missing, and print the table."""
-    run_all()
-    print("\n".join(table(claims.load(FILE), claims.load(claims.RECORDED)["pre-trained"])))
+    """Make the runs that are missing, and print the tables."""
+    before = claims.load(claims.RECORDED)["pre-trained"]
+    run_all(first_runs())
+    run_all(final_runs(finalists(claims.load(FILE), before)))
+    stored = claims.load(FILE)
+    print("\n".join([*first_table(stored, before), "", *final_table(stored, before)]))
 
 
 if __name__ == "__main__":

@@ -761,6 +761,23 @@ def method_table(before: dict, found: dict) -> list[str]:
     return lines
 
 
+def noise_aware_table(before: dict, found: dict) -> list[str]:
+    """Write what runs with and without --noise_aware end with."""
+    lines = header("run", "reward: pre-trained", "as published", "`--noise_aware`",
+                   "strict: pre-trained", "as published", "`--noise_aware`")
+    for name in found:
+        partner = name.replace(" noise_aware", "")
+        if partner == name or partner not in found:
+            continue
+        kind = RUNS[name].kind
+        cells = [partner]
+        for what in ("size" if kind == "all" else "alignment", "strict"):
+            start = "" if "50_steps" in name else f"{before[kind]['trained'][what]:.2f}"
+            cells += [start, *[spread(over_seeds(found, run, what)) for run in (partner, name)]]
+        lines.append(row(*cells))
+    return lines
+
+
 def accuracy(found: dict, name: str, where: str) -> str:
     """Write the strict accuracy of a run on a set of prompts; nothing if it was not measured."""
     if name not in found or where not in found[name][0]:
@@ -796,7 +813,7 @@ def result_tables(stored: dict) -> list[str]:
     """Write what the runs have shown."""
     before, found = stored["pre-trained"], finished(stored)
     return [*claim_table(before, found), "", *ddpo_table(before, found), "",
-            *method_table(before, found)]
+            *method_table(before, found), "", *noise_aware_table(before, found)]
 
 
 def run_tables(stored: dict) -> list[str]:

@@ -176,7 +176,7 @@ def finalists(stored: dict, before: dict) -> dict[str, float]:
             rates.setdefault(rule, lr)
     published, *others = RULES
     best = [rule for rule in rates if rule in others][:2]
-    return {rule: rates[rule] for rule in (published, *best)}
+    return {rule: rates[rule] for rule in RULES if rule in (published, *best)}
 
 
 def spread(values: list) -> str:

@@ -1,7 +1,9 @@
-"""Test on shapes/, with eight seeds or more, those claims of both papers that a laptop can test.
+"""Test on shapes/ those claims of both papers that a laptop can test, and what --noise_aware does.
+
+Each run has eight seeds or more, except for those of 50 steps, which have four.
 
     python experiments/claims.py          # the runs that results/claims.json lacks, two at a time
-    python experiments/claims.py --only location --count 16         # more seeds of these runs
+    python experiments/claims.py --only "DDPO location" --count 16  # more seeds of this run
     python experiments/claims.py --only "RL count" --seeds 200 201  # repeat with other seeds
     python experiments/claims.py --quick  # three short runs, ten minutes: trends, no verdicts
 
@@ -13,7 +15,8 @@ the lines of the runs that it concerns. If the lines of the pre-trained model ar
 measured again. The tables are written to experiments/README.md.
 
 Repeats, with other seeds or on another device, have a folder and a JSON file of their own in
-runs/claims/, so that they replace nothing that is recorded.
+runs/claims/, so that they replace nothing that is recorded. A claim about two runs is compared once
+both have been repeated with these seeds.
 
 A model is measured on images of seeds that no training saw. They are new for every seed and epoch,
 so the error of the measurement is part of the spread over seeds. A run is measured at its last
@@ -244,6 +247,7 @@ def prompt_sets(kind: str) -> dict[str, list]:
 
 def measured_sets(name: str) -> list[str]:
     """List those sets of prompts on which claims need the scores of a run."""
+    name = name.replace(" noise_aware", "")
     names = ["trained"]
     if name.startswith(("RL ", "DDPO jpeg")):
         names.append("unseen")
@@ -297,24 +301,34 @@ def read_log(file: Path) -> dict[str, list[float]]:
     return {column: [float(row[column]) for row in rows] for column in rows[0]}
 
 
-def measure_pretrained() -> dict:
-    """Measure the pre-trained model on a thousand images of each set of prompts
-    -> {kind: {set: {measure: mean, "errors": {measure: standard error}}}}."""
+def measure_pretrained(known: dict) -> dict:
+    """Measure the pre-trained model on a thousand images of each set of prompts, for those kinds of
+    `pretrained_kind` that are not known yet -> all of them, {kind: {set: {measure: mean, "errors":
+    {measure: standard error}}}}."""
     torch.set_num_threads(1)
     pipe = dpok.load_pipeline(settings("RL count"))
     by_prompts = {}  # kinds share some sets
-    pretrained = {}
-    for kind in (*KINDS, "all"):
+    pretrained = dict(known)
+    for name, run_of_kind in RUNS.items():
+        kind = pretrained_kind(name)
+        if kind in pretrained:
+            continue
         pretrained[kind] = {}
-        for where, prompts in prompt_sets(kind).items():
+        steps = settings(name).steps
+        for where, prompts in prompt_sets(run_of_kind.kind).items():
             if not prompts:
                 continue
-            key = tuple(prompts)
+            key = tuple(prompts), steps
             if key not in by_prompts:
-                blocks = [score(pipe, prompts, 128, 99, block) for block in range(BLOCKS)]
+                blocks = [score(pipe, prompts, 128, 99, block, steps) for block in range(BLOCKS)]
                 by_prompts[key] = mean_and_errors(blocks)
             pretrained[kind][where] = by_prompts[key]
     return pretrained
+
+
+def pretrained_kind(name: str) -> str:
+    """Name the scores of the pre-trained model with which a run is compared."""
+    return f"{RUNS[name].kind}, 50 steps" if "50_steps" in name else RUNS[name].kind
 
 
 def mean_and_errors(blocks: list[dict]) -> dict:
@@ -438,7 +452,7 @@ class Effects:
         """Compare a run with the pre-trained model."""
         if name not in self.found:
             return None
-        start = self.before[RUNS[name].kind][where]
+        start = self.before[pretrained_kind(name)][where]
         effect = over_seeds(self.found, name, what, where, epoch) - start[what]
         return Part([name], effect, start["errors"][what])
 
@@ -467,25 +481,50 @@ class Effects:
         return Part([one, other], values[0] - values[1], 0)
 
     def saved(self, one, other) -> Part | None:
-        """Compute the share of reward queries that `one` saves, seed by seed, when it stops as soon
-        as its reward (a mean of LAST epochs) is that with which `other` ends. If it never is,
-        nothing is saved."""
+        """Compute how much earlier `one` reaches a reward than `other`, as a share of the reward
+        queries, seed by seed. The reward is the lower one of those at which both end, so that both
+        reach it. Rewards are means over LAST epochs of training images."""
         both = self.common(one, other)
         if both is None:
             return None
         shares = []
-        for first, second in zip(both[one], both[other]):
-            reached = np.flatnonzero(moving_mean(first["reward_mean"])
-                                     >= moving_mean(second["reward_mean"])[-1])
-            epochs = len(first["reward_mean"])
-            needed = reached[0] + LAST if len(reached) else epochs
-            shares.append(1 - needed / epochs)
+        for pair in zip(both[one], both[other]):
+            first, second = [moving_mean(kept["reward_mean"]) for kept in pair]
+            level = min(first[-1], second[-1])
+            earlier = np.argmax(second >= level) - np.argmax(first >= level)
+            shares.append(earlier / len(pair[0]["reward_mean"]))
         return Part([one, other], np.array(shares), 0)
+
+    def ahead_at_equal_size(self, one, other) -> Part | None:
+        """Compare the strict accuracy of two runs, seed by seed, at the size of a JPEG at which
+        `other` ends. That of `one` is interpolated between its STAGES."""
+        both = self.common(one, other)
+        if both is None:
+            return None
+        start = self.before[RUNS[one].kind]["trained"]
+        path = {}
+        for what in ("size", "strict"):
+            stages = [over_seeds(both, one, what, epoch=epoch) for epoch in STAGES[one]]
+            first = np.full(len(both[one]), start[what])
+            path[what] = np.stack([first, *stages, over_seeds(both, one, what)], 1)
+        sizes = over_seeds(both, other, "size")
+        differences = over_seeds(both, other, "strict") * -1
+        for i, size in enumerate(sizes):
+            differences[i] += first_crossing(path["size"][i], path["strict"][i], size)
+        return Part([one, other], differences, 0)
 
 
 def moving_mean(values: list) -> np.ndarray:
-    """Average each LAST neighbours."""
+    """Average every LAST consecutive values."""
     return np.convolve(values, np.ones(LAST) / LAST, "valid")
+
+
+def first_crossing(x: np.ndarray, y: np.ndarray, level: float) -> float:
+    """Interpolate y where x, on its way from x[0], first crosses a level; y[-1] if it does not."""
+    for i in range(len(x) - 1):
+        if min(x[i], x[i + 1]) <= level <= max(x[i], x[i + 1]):
+            return float(y[i] + (level - x[i]) / (x[i + 1] - x[i]) * (y[i + 1] - y[i]))
+    return float(y[-1])
 
 
 def opposite(part: Part | None) -> Part | None:
@@ -588,8 +627,8 @@ def transfer_claims(effects: Effects) -> list[Claim]:
 
 
 def noise_aware_claims(effects: Effects) -> list[Claim]:
-    """List the claims on --noise_aware, which is not in the papers, against the same runs without
-    it. Those with 50 steps are compared with each other."""
+    """List the claims about --noise_aware, which is not in the papers. Each run is compared with
+    the same run without it, and in Fig. 4 with the baselines."""
     gained, lost, ahead, saved = effects.gained, effects.lost, effects.ahead, effects.saved
 
     def more_reward(one: str, other: str, task: str, last: int = 3) -> Part | None:
@@ -597,51 +636,56 @@ def noise_aware_claims(effects: Effects) -> list[Claim]:
         part = ahead(f"{one} {task}", f"{other} {task}", what, last=last)
         return opposite(part) if task == "jpeg" else part
 
-    aware, published = "DDPO noise_aware", "DDPO"
     tasks = "jpeg", "incompressibility", *UNSEEN
-    quoted = {task: task if task in KINDS else f"`{task}`" for task in tasks}
-    at_50 = {f"50 steps, {quoted[task]}": task for task in ("jpeg", "location")}
-    aware_50, published_50 = "DDPO 50_steps noise_aware", "DDPO 50_steps"
+    pairs = {}  # name of a part: task, run with the flag, run without it
+    for task in tasks:
+        title = task if task in KINDS else f"`{task}`"
+        pairs[title] = task, "DDPO noise_aware", "DDPO"
+    for task, title in {"jpeg": "`jpeg` at 50 steps", "location": "location at 50 steps"}.items():
+        pairs[title] = task, "DDPO 50_steps noise_aware", "DDPO 50_steps"
+    more, higher, sooner = {}, {}, {}
+    for title, (task, one, other) in pairs.items():
+        more[title] = more_reward(one, other, task)
+        sooner[title] = saved(f"{one} {task}", f"{other} {task}")
+        if task in KINDS:
+            higher[title] = ahead(f"{one} {task}", f"{other} {task}")
 
-    rewards_of_is = {quoted[task]: more_reward(aware, published, task) for task in tasks}
-    rewards_of_is |= {title: more_reward(aware_50, published_50, task)
-                      for title, task in at_50.items()}
-    accuracies = {quoted[task]: ahead(f"{aware} {task}", f"DDPO {task}") for task in UNSEEN}
-    accuracies["50 steps, location"] = ahead(f"{aware_50} location", f"{published_50} location")
-    savings = {quoted[task]: saved(f"{aware} {task}", f"DDPO {task}") for task in tasks}
-    savings |= {title: saved(f"{aware_50} {task}", f"{published_50} {task}")
-                for title, task in at_50.items()}
+    flag = "With `--noise_aware`"
     units = "(kB for the size of a JPEG, alignment for the others)"
-    flag = "With `--noise_aware`,"
     made = [
-        Claim("", f"{flag} DDPO_IS ends with more reward than without it {units}", 0,
-              rewards_of_is),
-        Claim("", f"{flag} DDPO_IS ends with higher strict accuracy than without it", 0,
-              accuracies),
-        Claim("", f"{flag} DDPO_IS needs fewer queries for the reward with which it ends without "
-              "it (shown: the share saved)", 0, savings),
-        Claim("", f"{flag} DDPO_SF ends with more reward than without it, kB", 0,
-              {"`jpeg`": more_reward("SF noise_aware", "SF", "jpeg")})]
+        Claim("", f"{flag}, DDPO_IS ends with more reward than without it {units}", 0, more),
+        Claim("", f"{flag}, DDPO_IS ends with higher strict accuracy than without it", 0, higher),
+        Claim("", f"{flag}, DDPO_IS reaches the same reward with fewer queries than without it "
+              "(shown: the difference, as a share of a run's queries)", 0, sooner),
+        Claim("", f"{flag}, DDPO_IS has higher strict accuracy at the file size at which it ends "
+              "without it", 0, {
+                  f"`{task}`": effects.ahead_at_equal_size(f"DDPO noise_aware {task}",
+                                                           f"DDPO {task}")
+                  for task in ("jpeg", "incompressibility")}),
+        Claim("", f"{flag}, DDPO_SF ends with more reward than without it, kB", 0,
+              {"`jpeg`": more_reward("SF noise_aware", "SF", "jpeg")}),
+        Claim("", f"{flag}, DPOK ends with higher strict accuracy than without it", 0, {
+            task: ahead(f"RL noise_aware {task}", f"RL {task}")
+            for task in ("composition", "location")})]
     for other in ("RWR", "RWR_sparse"):
-        parts = {quoted[task]: more_reward(aware, other, task, last=1)
-                 for task in ("jpeg", "incompressibility", "count")}
-        made.append(Claim("DDPO Fig. 4", f"{flag} DDPO_IS ends with more reward than {other} "
-                          f"{units}", 0, parts))
-    accuracies = {task: ahead(f"RL noise_aware {task}", f"RL {task}")
-                  for task in ("composition", "location")}
-    losses = {quoted[task]: lost(f"{aware} {task}") for task in ("jpeg", "incompressibility")}
+        parts = {}
+        for title, (task, one, _) in pairs.items():
+            if f"{other} {task}" in RUNS and "50_steps" not in one:
+                parts[title] = more_reward(one, other, task, last=1)
+        made.append(Claim("after DDPO Fig. 4",
+                          f"{flag}, DDPO_IS ends with more reward than {other} {units}", 0, parts))
+    with_penalty = "DDPO noise_aware jpeg kl_weight"
+    smaller = opposite(ahead(with_penalty, "DDPO jpeg kl_weight", "size"))
     return [
         *made,
-        Claim("", f"{flag} DPOK ends with higher strict accuracy than without it", 0, accuracies),
-        Claim("DDPO A", f"{flag} DDPO over-optimises a JPEG's size: strict accuracy falls by 0.15 "
-              "or more", 0.15, losses),
-        Claim("DDPO A", f"{flag} and `--kl_weight`, DDPO on `jpeg` loses at most 0.1 strict "
-              "accuracy (shown: the change)", -0.1,
-              {"": gained("DDPO noise_aware jpeg kl_weight")}),
-        Claim("DDPO A", f"{flag} and `--kl_weight`, DDPO on `jpeg` makes files smaller than with "
-              "`--kl_weight` alone, kB", 0,
-              {"": opposite(ahead("DDPO noise_aware jpeg kl_weight", "DDPO jpeg kl_weight",
-                                  "size"))})]
+        Claim("after DDPO A", f"{flag}, DDPO over-optimises a JPEG's size: strict accuracy falls "
+              "by 0.15 or more", 0.15, {
+                  f"`{task}`": lost(f"DDPO noise_aware {task}")
+                  for task in ("jpeg", "incompressibility")}),
+        Claim("after DDPO A", f"{flag} and `--kl_weight`, DDPO on `jpeg` loses at most 0.1 strict "
+              "accuracy (shown: the change)", -0.1, {"": gained(with_penalty)}),
+        Claim("after DDPO A", f"{flag} and `--kl_weight`, DDPO on `jpeg` makes files smaller than "
+              "with `--kl_weight` alone, kB", 0, {"": smaller})]
 
 
 def verdict(part: Part, least: float) -> str:
@@ -661,12 +705,12 @@ def verdict(part: Part, least: float) -> str:
     return "inconclusive"
 
 
-def repeat(stored: dict, again: dict, least: int):
-    """Print whether the mean over at least `least` other seeds, or of the same on another device,
-    lies where the recorded seeds lead to expect that of other seeds in 95 of 100 cases."""
+def repeat(stored: dict, again: dict):
+    """Print whether the mean over other seeds, or over the same on another device, lies in the 95 %
+    prediction interval of the recorded seeds."""
     before = stored["pre-trained"]
     recorded_claims = claims(before, finished(stored))
-    new_claims = claims(before, finished(again, least))
+    new_claims = claims(before, finished(again, least=1))
     for recorded, new in zip(recorded_claims, new_claims):
         for name in recorded.parts:
             if not recorded.parts[name] or not new.parts[name]:
@@ -762,18 +806,19 @@ def method_table(before: dict, found: dict) -> list[str]:
 
 
 def noise_aware_table(before: dict, found: dict) -> list[str]:
-    """Write what runs with and without --noise_aware end with."""
-    lines = header("run", "reward: pre-trained", "as published", "`--noise_aware`",
-                   "strict: pre-trained", "as published", "`--noise_aware`")
+    """Write what runs with and without --noise_aware end with, on the seeds that both have."""
+    lines = header("run", "size in kB, or alignment: pre-trained", "without", "`--noise_aware`",
+                   "strict: pre-trained", "without", "`--noise_aware`")
     for name in found:
         partner = name.replace(" noise_aware", "")
-        if partner == name or partner not in found:
+        both = Effects(before, found).common(name, partner)
+        if name == partner or both is None:
             continue
-        kind = RUNS[name].kind
+        start = before[pretrained_kind(name)]["trained"]
         cells = [partner]
-        for what in ("size" if kind == "all" else "alignment", "strict"):
-            start = "" if "50_steps" in name else f"{before[kind]['trained'][what]:.2f}"
-            cells += [start, *[spread(over_seeds(found, run, what)) for run in (partner, name)]]
+        for what in ("size" if RUNS[name].kind == "all" else "alignment", "strict"):
+            cells += [f"{start[what]:.2f}", spread(over_seeds(both, partner, what)),
+                      spread(over_seeds(both, name, what))]
         lines.append(row(*cells))
     return lines
 
@@ -865,7 +910,8 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="NAME",
                         help="the run of this name or, failing that, the runs with it in theirs")
     parser.add_argument("--count", type=int, choices=STUDENT,
-                        help=f"number of seeds, from {FIRST} on (default: 8, with 50 steps 4)")
+                        help=f"number of seeds, from {FIRST} on (default: 8, or 4 for runs of 50 "
+                             "steps)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[],
                         help="other seeds, to be compared with the recorded ones")
     parser.add_argument("--device", default="cpu",
@@ -887,6 +933,9 @@ def main() -> int:
     seeds_of = {}
     for name in names:
         count = options.count or RUNS[name].seeds
+        if count < RUNS[name].seeds:
+            parser.error(f"--count {count} is less than the {RUNS[name].seeds} seeds of {name!r}; "
+                         "use --seeds for a repeat with fewer")
         seeds_of[name] = options.seeds or range(FIRST, FIRST + count)
     folder = FOLDER
     if is_repeat:
@@ -899,11 +948,11 @@ def main() -> int:
     if is_repeat:
         again = folder.with_suffix(".json")
         failed = run_all(jobs, options.jobs, again)
-        repeat(load(RECORDED), load(again), min(len(seeds) for seeds in seeds_of.values()))
+        repeat(load(RECORDED), load(again))
         return int(failed > 0)
     stored = load(RECORDED)
-    if not stored["pre-trained"]:
-        save(RECORDED, stored | {"pre-trained": measure_pretrained()})
+    if not {pretrained_kind(name) for name in RUNS} <= stored["pre-trained"].keys():
+        save(RECORDED, stored | {"pre-trained": measure_pretrained(stored["pre-trained"])})
     failed = run_all(jobs, options.jobs, RECORDED)
     write_page(load(RECORDED))
     return int(failed > 0)

@@ -133,7 +133,7 @@ def plot_overoptimisation(before: dict, found: dict):
         axis.plot(sizes, strict, line, label=name.removeprefix("DDPO "), markersize=4)
     axis.plot(start["size"], start["strict"], "k*", markersize=11, label="pre-trained")
     axis.set(xlabel="size of the JPEG, kB", ylabel="strict accuracy", ylim=(0, None))
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     figure.savefig(RESULTS / "overoptimisation.png", dpi=150)
 
 

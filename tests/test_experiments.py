@@ -609,6 +609,7 @@ def test_a_noise_aware_run_differs_from_its_partner_by_the_flag_alone(name):
     partner = claims.settings(name.replace(" noise_aware", ""))
     assert not partner.noise_aware
     assert claims.settings(name) == dataclasses.replace(partner, noise_aware=True)
+    assert claims.RUNS[name].seeds == claims.RUNS[name.replace(" noise_aware", "")].seeds
 
 
 @pytest.mark.parametrize("name", ["DDPO jpeg", "SF jpeg", "RWR count", "RL count", "KL-O count"])
@@ -699,16 +700,69 @@ def lora_of(pipe):
     return weights
 
 
-def test_queries_are_saved_from_the_epoch_at_which_the_others_end_is_reached():
-    """The other ends with a mean of 4 over four epochs. With seed 1 that is reached after epoch 5
-    of 8, with seed 2 never. With seed 3 both are the same run, so that nothing is saved."""
-    rising = [1, 1, 1, 1, 13, 1, 1, 1]
-    other = [1, 2, 3, 3, 4, 4, 4, 4]
-    found = {"DDPO count": [{"seed": seed, "reward_mean": other} for seed in (1, 2, 3)],
-             "SF count": [{"seed": 1, "reward_mean": rising}, {"seed": 2, "reward_mean": [1] * 8},
-                          {"seed": 3, "reward_mean": other}]}
+def test_queries_are_saved_up_to_the_lower_of_two_ends():
+    """Of 8 epochs. The means of four epochs of `late` are 1, 1, 2, 3, 4, those of `soon` 4, 4, 4, 4,
+    4. With seed 1 the flag is sooner by four epochs, with seed 2 later by four, with seed 3 neither
+    although both reach their end at once. `low` ends at 2, which `late` reaches two epochs later
+    than it."""
+    late = [1, 1, 1, 1, 1, 5, 5, 5]
+    soon = [4] * 8
+    low = [2] * 8
+    found = {"DDPO count": [late, soon, soon, late], "SF count": [soon, late, soon, low]}
+    found = {name: [{"seed": seed, "reward_mean": rewards_of_epochs}
+                    for seed, rewards_of_epochs in enumerate(runs)] for name, runs in found.items()}
     part = claims.Effects({}, found).saved("SF count", "DDPO count")
-    assert part.effect.tolist() == [3 / 8, 0, 0]
+    assert part.effect.tolist() == [4 / 8, -4 / 8, 0, 2 / 8]
+    opposite = claims.Effects({}, found).saved("DDPO count", "SF count")
+    assert opposite.effect.tolist() == [-4 / 8, 4 / 8, 0, -2 / 8]
+
+
+def test_strict_accuracy_is_interpolated_where_the_size_is_first_crossed():
+    sizes, strict = np.array([1.9, 1.7, 1.5, 1.6]), np.array([0.5, 0.4, 0.2, 0.0])
+    assert claims.first_crossing(sizes, strict, 1.6) == pytest.approx(0.3)
+    assert claims.first_crossing(-sizes, strict, -1.8) == pytest.approx(0.45)
+    assert claims.first_crossing(sizes, strict, 1.0) == 0.0
+
+
+def made_up_run(name, better):
+    """What is kept of seeds of a run in which the flag is better in every way by `better`."""
+    task = name.split()
+    size = {"jpeg": -better, "incompressibility": better}
+    change = sum(size.get(word, 0) for word in task)
+    scores = {"alignment": 0.6 + better, "strict": 0.5 + better, "size": 2 + change,
+              "diversity": 0.2}
+    ends = [14, 15, 16]
+    epochs = {str(epoch): scores for epoch in (*ends, *claims.STAGES.get(name, ()))}
+    reward = [0.0] * 12 + [1 + better] * 4
+    return [{"seed": seed, "ends": ends, "trained": epochs, "unseen": epochs, "other": epochs,
+             "kl": reward, "reward_mean": reward} for seed in range(claims.RUNS[name].seeds)]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_claims_about_noise_aware_have_the_right_signs(stored, sign):
+    """In made-up runs in which all with the flag are better, or worse, than all without it."""
+    found = {}
+    for name in claims.RUNS:
+        found[name] = made_up_run(name, 0.1 * sign if "noise_aware" in name else 0.0)
+    checked = 0
+    for claim in claims.noise_aware_claims(claims.Effects(stored["pre-trained"], found)):
+        if " than " in claim.text and "fewer queries" not in claim.text:
+            for part in claim.parts.values():
+                assert part.effect == pytest.approx(np.full(len(part.effect), 0.1 * sign))
+                checked += 1
+    assert checked == 8 + 5 + 1 + 2 + 2 * 3 + 1
+    table = claims.noise_aware_table(stored["pre-trained"], found)
+    assert len(table) == 2 + 12
+
+
+@pytest.mark.parametrize("missing", [name for name in claims.RUNS if "noise_aware" in name])
+def test_the_claims_and_tables_do_without_a_run_that_is_missing(stored, missing):
+    found = {name: made_up_run(name, 0.1) for name in claims.RUNS if name != missing}
+    for claim in claims.claims(stored["pre-trained"], found):
+        for part in claim.parts.values():
+            assert part is None or missing not in part.runs
+    assert claims.claim_table(stored["pre-trained"], found)
+    assert len(claims.noise_aware_table(stored["pre-trained"], found)) == 2 + 11
 
 
 @pytest.fixture
@@ -718,6 +772,7 @@ def small_run(tmp_path, monkeypatch):
     measured = {}
 
     def fake_score(pipe, prompts, count, seed, epoch, steps):
+        assert steps == 2
         measured[epoch] = lora_of(pipe), count
         return {"strict": epoch / 100}
 
@@ -901,7 +956,7 @@ def test_the_pages_have_the_accuracies_of_the_supervised_baseline(stored, found)
 def test_the_page_has_what_the_repetition_on_a_gpu_printed(stored, capsys):
     page = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
     on_gpu = claims.load(EXPERIMENTS / "results" / "gpu.json")
-    claims.repeat(stored, on_gpu, 4)
+    claims.repeat(stored, on_gpu)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 8
     for line in printed:

@@ -638,18 +638,18 @@ def test_a_run_of_the_claims_does_not_depend_on_the_settings_of_shapes(
 @dataclasses.dataclass
 class LaterConfig(ddpo.Config):
     """The settings of ddpo.py once it has a further one, which is off by default."""
-    noise_aware: bool = False
+    later: bool = False
 
 
 def test_a_fingerprint_leaves_out_a_setting_at_its_default(monkeypatch):
     """So a new setting that is off, or the loss of one that no run has on, orphans no run."""
     before = claims.fingerprint("DDPO jpeg")
     monkeypatch.setattr(ddpo, "Config", LaterConfig)
-    assert claims.settings("DDPO jpeg").noise_aware is False
+    assert claims.settings("DDPO jpeg").later is False
     assert claims.fingerprint("DDPO jpeg") == before
 
     run = claims.RUNS["DDPO jpeg"]
-    switched_on = run._replace(flags=f"{run.flags} --noise_aware")
+    switched_on = run._replace(flags=f"{run.flags} --later")
     monkeypatch.setitem(claims.RUNS, "DDPO jpeg", switched_on)
     assert claims.fingerprint("DDPO jpeg") != before
 

@@ -20,6 +20,7 @@ results/choice.json has a line for each finished run, with the mean reward, the 
 the KL of each epoch, and is also the cache. The tables are printed from it.
 """
 import contextlib
+import itertools
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -88,13 +89,13 @@ def key(rule: str, lr: float, task: str, seed: int) -> str:
 def first_runs() -> list[tuple]:
     """List the runs in which each rule is tried, all of one seed before the next."""
     return [(rule, lr, task, seed)
-            for seed in SEEDS for task in TASKS for rule in RULES for lr in RATES]
+            for seed, task, rule, lr in itertools.product(SEEDS, TASKS, RULES, RATES)]
 
 
 def final_runs(rates: dict) -> list[tuple]:
     """List the runs of the finalists {rule: learning rate}, all of one seed before the next."""
     return [(rule, lr, task, seed)
-            for seed in FINAL_SEEDS for task in LEVELS for rule, lr in rates.items()]
+            for seed, task, (rule, lr) in itertools.product(FINAL_SEEDS, LEVELS, rates.items())]
 
 
 def run_all(runs: list[tuple]):
@@ -132,8 +133,8 @@ def strict_at(run: dict, level: float) -> float | None:
 def start(before: dict, task: str) -> dict:
     """Get the scores of the pre-trained model, whose `before` is that of claims.json."""
     scores = before[claims.RUNS[f"DDPO {task}"].kind]["trained"]
-    rewards_of_tasks = {"jpeg": -scores["size"], "incompressibility": scores["size"]}
-    return {"reward": rewards_of_tasks.get(task, scores["alignment"]), "strict": scores["strict"]}
+    sizes = {"jpeg": -scores["size"], "incompressibility": scores["size"]}
+    return {"reward": sizes.get(task, scores["alignment"]), "strict": scores["strict"]}
 
 
 def found(stored: dict, rule: str, lr: float, task: str, seeds) -> list[dict]:

@@ -858,7 +858,16 @@ def result_tables(stored: dict) -> list[str]:
     """Write what the runs have shown."""
     before, found = stored["pre-trained"], finished(stored)
     return [*claim_table(before, found), "", *ddpo_table(before, found), "",
-            *method_table(before, found), "", *noise_aware_table(before, found)]
+            *method_table(before, found), "", *noise_aware_table(before, found),
+            *unfinished(found)]
+
+
+def unfinished(found: dict) -> list[str]:
+    """Write which runs have yet to be made; nothing if there are none."""
+    names = [name for name in RUNS if name not in found]
+    if not names:
+        return []
+    return ["", f"Not finished yet: {', '.join(names)}. `python experiments/claims.py` makes them."]
 
 
 def run_tables(stored: dict) -> list[str]:

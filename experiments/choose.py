@@ -214,15 +214,26 @@ def first_table(stored: dict, before: dict) -> list[str]:
     return lines
 
 
+def lead(runs: list, others: list) -> str:
+    """Write how much more reward runs have than others, seed by seed; nothing while a run is
+    missing."""
+    if runs is others or not len(runs) == len(others) == len(FINAL_SEEDS):
+        return ""
+    return spread([ends_with(one, "reward") - ends_with(other, "reward")
+                   for one, other in zip(runs, others)])
+
+
 def final_table(stored: dict, before: dict) -> list[str]:
     """Write what the finalists have shown."""
     lines = claims.header("task", "weights", "learning rate", "reward", "strict at equal reward",
-                          "collapsed")
+                          "collapsed", "lead in reward")
     for task, level in LEVELS.items():
-        for rule, lr in finalists(stored, before).items():
-            runs = found(stored, rule, lr, task, FINAL_SEEDS)
-            row = cells(runs, before, task)
-            lines.append(claims.row(f"{task} ({level:g})", rule, f"{lr:g}", *row))
+        tried = {(rule, lr): found(stored, rule, lr, task, FINAL_SEEDS)
+                 for rule, lr in finalists(stored, before).items()}
+        published = next(iter(tried.values()))
+        for (rule, lr), runs in tried.items():
+            lines.append(claims.row(f"{task} ({level:g})", rule, f"{lr:g}",
+                                    *cells(runs, before, task), lead(runs, published)))
     return lines
 
 

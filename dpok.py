@@ -4,7 +4,7 @@ NeurIPS 2023, arXiv:2305.16381v3). The Markov decision process is DDPO's (Eq. 4)
 `--algo rl` is Algorithm 1: it minimises objective (8), minus the reward plus the KL to the
 pre-trained model, by gradient (9), with the value function of A.5 and the clipped ratio of A.6.
 `--algo sft` is Algorithm 2, supervised training, with as many reward queries.
-`diff ddpo.py dpok.py` shows what DPOK changes.
+`diff ddpo.py dpok.py` shows what DPOK changes. Added, off by default: weights of the steps.
 
     python dpok.py         # Stable Diffusion v1.5 on a CUDA GPU; without one, shapes/
     python dpok.py --help  # every setting with its published value

@@ -8,8 +8,9 @@ other rules, each at its best rate, are tried on all tasks of LEVELS with eight 
 the same number of reward queries, 1,024. A run is judged by
 
 - its reward: the mean over its last four epochs;
-- its strict accuracy at equal reward: at the point, interpolated linearly, where the mean reward of
-  four epochs first reaches the task's value in LEVELS;
+- its strict accuracy at equal reward: at the point where the mean reward of four epochs first
+  reaches the task's value in LEVELS, interpolated linearly, also from the pre-trained model to the
+  first four epochs;
 - collapse: strict accuracy ends below half of the pre-trained model's.
 
 All of this is about the training images of an epoch. The share of a rule at a rate is its gain in
@@ -117,17 +118,16 @@ def ends_with(run: dict, what: str) -> float:
     return float(np.mean(run[what][-claims.LAST:]))
 
 
-def strict_at(run: dict, level: float) -> float | None:
-    """Interpolate strict accuracy where the reward first reaches a level, None if it does not."""
-    reward, strict = claims.moving_mean(run["reward"]), claims.moving_mean(run["strict"])
-    reached = np.flatnonzero(reward >= level)
-    if len(reached) == 0:
-        return None
-    i = reached[0]
-    if i == 0:
-        return float(strict[0])
-    share = (level - reward[i - 1]) / (reward[i] - reward[i - 1])
-    return float(strict[i - 1] + share * (strict[i] - strict[i - 1]))
+def strict_at(run: dict, level: float, begin: dict) -> float | None:
+    """Interpolate strict accuracy where the reward first reaches a level, None if it does not.
+    `begin` has the scores of the pre-trained model."""
+    reward = [begin["reward"], *claims.moving_mean(run["reward"])]
+    strict = [begin["strict"], *claims.moving_mean(run["strict"])]
+    for i in range(1, len(reward)):
+        if reward[i] >= level:
+            share = (level - reward[i - 1]) / (reward[i] - reward[i - 1])
+            return float(strict[i - 1] + share * (strict[i] - strict[i - 1]))
+    return None
 
 
 def start(before: dict, task: str) -> dict:
@@ -138,9 +138,8 @@ def start(before: dict, task: str) -> dict:
 
 
 def found(stored: dict, rule: str, lr: float, task: str, seeds) -> list[dict]:
-    """Get the finished runs of a rule at a learning rate."""
-    names = [key(rule, lr, task, seed) for seed in seeds]
-    return [stored["runs"][name] for name in names if name in stored["runs"]]
+    """Get the runs of a rule at a learning rate, in the order of the seeds."""
+    return [stored["runs"][key(rule, lr, task, seed)] for seed in seeds]
 
 
 def collapsed(runs: list, before: dict, task: str) -> int:
@@ -154,30 +153,29 @@ def mean_reward(runs: list) -> float:
 
 
 def shares(stored: dict, before: dict) -> dict[tuple, float]:
-    """Compute the share of each (rule, learning rate) that has been tried on all TASKS."""
+    """Compute the share of each (rule, learning rate)."""
     gains = {}
-    for rule in RULES:
-        for lr in RATES:
-            tried = {task: found(stored, rule, lr, task, SEEDS) for task in TASKS}
-            if all(tried.values()):
-                gains[rule, lr] = [mean_reward(runs) - start(before, task)["reward"]
-                                   for task, runs in tried.items()]
+    for rule, lr in itertools.product(RULES, RATES):
+        gains[rule, lr] = [mean_reward(found(stored, rule, lr, task, SEEDS))
+                           - start(before, task)["reward"] for task in TASKS]
     largest = np.max(list(gains.values()), 0)
     return {setting: float(np.mean(gain / largest)) for setting, gain in gains.items()}
 
 
 def finalists(stored: dict, before: dict) -> dict[str, float]:
-    """Choose the published weights and the two rules with the largest share, each at the rate with
-    its largest share -> {rule: learning rate}."""
+    """Choose the published weights and the two rules with the largest shares, each at the rate with
+    its largest share among those at which no run collapses -> {rule: learning rate}."""
     share_of = shares(stored, before)
-    rates = {}
-    for rule, lr in sorted(share_of, key=share_of.get, reverse=True):
-        tried = {task: found(stored, rule, lr, task, SEEDS) for task in TASKS}
-        if not any(collapsed(runs, before, task) for task, runs in tried.items()):
-            rates.setdefault(rule, lr)
+    best = {}
+    for rule in RULES:
+        rates = [lr for lr in RATES
+                 if not any(collapsed(found(stored, rule, lr, task, SEEDS), before, task)
+                            for task in TASKS)]
+        if rates:
+            best[rule] = max(rates, key=lambda lr: share_of[rule, lr])
     published, *others = RULES
-    best = [rule for rule in rates if rule in others][:2]
-    return {rule: rates[rule] for rule in RULES if rule in (published, *best)}
+    others = sorted(best.keys() & others, key=lambda rule: share_of[rule, best[rule]])
+    return {rule: best[rule] for rule in RULES if rule in (published, *others[-2:])}
 
 
 def spread(values: list) -> str:
@@ -187,9 +185,7 @@ def spread(values: list) -> str:
 
 def cells(runs: list, before: dict, task: str) -> list[str]:
     """Write reward, strict accuracy at equal reward, and collapses of the seeds of one setting."""
-    if not runs:
-        return ["", "", ""]
-    at_level = [strict_at(run, LEVELS[task]) for run in runs]
+    at_level = [strict_at(run, LEVELS[task], start(before, task)) for run in runs]
     reached = [strict for strict in at_level if strict is not None]
     strict = f"{spread(reached)} ({len(reached)} of {len(runs)})" if reached else "not reached"
     reward = spread([ends_with(run, "reward") for run in runs])
@@ -209,16 +205,12 @@ def first_table(stored: dict, before: dict) -> list[str]:
             for task in TASKS:
                 runs = found(stored, rule, lr, task, SEEDS)
                 row += cells(runs, before, task)
-            share = f"{share_of[rule, lr]:.2f}" if (rule, lr) in share_of else ""
-            lines.append(claims.row(*row, share))
+            lines.append(claims.row(*row, f"{share_of[rule, lr]:.2f}"))
     return lines
 
 
 def lead(runs: list, others: list) -> str:
-    """Write how much more reward runs have than others, seed by seed; nothing while a run is
-    missing."""
-    if runs is others or not len(runs) == len(others) == len(FINAL_SEEDS):
-        return ""
+    """Write how much more reward runs have than others, seed by seed."""
     return spread([ends_with(one, "reward") - ends_with(other, "reward")
                    for one, other in zip(runs, others)])
 
@@ -227,13 +219,14 @@ def final_table(stored: dict, before: dict) -> list[str]:
     """Write what the finalists have shown."""
     lines = claims.header("task", "weights", "learning rate", "reward", "strict at equal reward",
                           "collapsed", "lead in reward")
+    published = RULES[0]
+    rates = finalists(stored, before)
     for task, level in LEVELS.items():
-        tried = {(rule, lr): found(stored, rule, lr, task, FINAL_SEEDS)
-                 for rule, lr in finalists(stored, before).items()}
-        published = next(iter(tried.values()))
-        for (rule, lr), runs in tried.items():
-            lines.append(claims.row(f"{task} ({level:g})", rule, f"{lr:g}",
-                                    *cells(runs, before, task), lead(runs, published)))
+        tried = {rule: found(stored, rule, lr, task, FINAL_SEEDS) for rule, lr in rates.items()}
+        for rule, runs in tried.items():
+            ahead = "" if rule == published else lead(runs, tried[published])
+            lines.append(claims.row(f"{task} ({level:g})", rule, f"{rates[rule]:g}",
+                                    *cells(runs, before, task), ahead))
     return lines
 
 

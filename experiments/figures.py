@@ -120,7 +120,7 @@ def plot_frontier(before: dict, found: dict):
 def plot_overoptimisation(before: dict, found: dict):
     """Plot strict accuracy against the size of the JPEG along training, means over the seeds."""
     figure, (axis,) = axes(
-        1, "As files get smaller, fewer images match their captions, except with a KL penalty "
+        1, "As file sizes change, fewer images match their captions, except with a KL penalty "
         "(DDPO, A)")
     start = before["all"]["trained"]
     for name, line in {"DDPO jpeg": "C0o-", "DDPO noise_aware jpeg": "C0o:",
@@ -137,7 +137,7 @@ def plot_overoptimisation(before: dict, found: dict):
         axis.plot(sizes, strict, line, label=name.removeprefix("DDPO "), markersize=4)
     axis.plot(start["size"], start["strict"], "k*", markersize=11, label="pre-trained")
     axis.set(xlabel="size of the JPEG, kB", ylabel="strict accuracy", ylim=(0, None))
-    axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    figure.legend(fontsize=8, ncols=2, loc="outside lower center")
     figure.savefig(RESULTS / "overoptimisation.png", dpi=150)
 
 

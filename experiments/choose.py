@@ -49,7 +49,6 @@ LEVELS = {"incompressibility": 2.0, "jpeg": -1.75, "location": 0.7, "composition
           "count": 0.88}  # task of the finalists: kB, -kB, and alignment
 FINAL_SEEDS = range(300, 308)
 EPOCHS = 16
-LAST = 4  # epochs over which a run's numbers are averaged
 
 
 def train(rule: str, lr: float, task: str, seed: int) -> dict:
@@ -116,15 +115,14 @@ def run_all(runs: list[tuple]):
 
 def ends_with(run: dict, what: str) -> float:
     """Average a number over the last epochs of a run."""
-    return float(np.mean(run[what][-LAST:]))
+    return float(np.mean(run[what][-claims.LAST:]))
 
 
 def strict_at(run: dict, level: float, begin: dict) -> float | None:
     """Interpolate strict accuracy where the reward first reaches a level, None if it does not.
     `begin` has the scores of the pre-trained model."""
-    window = np.ones(LAST) / LAST
-    reward = [begin["reward"], *np.convolve(run["reward"], window, "valid")]
-    strict = [begin["strict"], *np.convolve(run["strict"], window, "valid")]
+    reward = [begin["reward"], *claims.moving_mean(run["reward"])]
+    strict = [begin["strict"], *claims.moving_mean(run["strict"])]
     for i in range(1, len(reward)):
         if reward[i] >= level:
             share = (level - reward[i - 1]) / (reward[i] - reward[i - 1])

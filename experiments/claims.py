@@ -1,7 +1,9 @@
-"""Test on shapes/, with eight seeds or more, those claims of both papers that a laptop can test.
+"""Test on shapes/ those claims of both papers that a laptop can test, and what --noise_aware does.
+
+Each run has eight seeds or more, except for those of 50 steps, which have four.
 
     python experiments/claims.py          # the runs that results/claims.json lacks, two at a time
-    python experiments/claims.py --only location --count 16         # more seeds of these runs
+    python experiments/claims.py --only "DDPO location" --count 16  # more seeds of this run
     python experiments/claims.py --only "RL count" --seeds 200 201  # repeat with other seeds
     python experiments/claims.py --quick  # three short runs, ten minutes: trends, no verdicts
 
@@ -13,7 +15,8 @@ the lines of the runs that it concerns. If the lines of the pre-trained model ar
 measured again. The tables are written to experiments/README.md.
 
 Repeats, with other seeds or on another device, have a folder and a JSON file of their own in
-runs/claims/, so that they replace nothing that is recorded.
+runs/claims/, so that they replace nothing that is recorded. A claim about two runs is compared once
+both have been repeated with these seeds.
 
 A model is measured on images of seeds that no training saw. They are new for every seed and epoch,
 so the error of the measurement is part of the spread over seeds. A run is measured at its last
@@ -72,10 +75,14 @@ ALL = dpok.load_prompts("shapes/prompts.txt")
 OTHER = [prompt for prompt in ALL if prompt not in (*KINDS.values(), *UNSEEN.values())]
 FIRST = 100  # no setting was chosen on seeds 100, 101, ...
 BLOCKS = 8  # of 128 images each, on which the pre-trained model is measured
-STAGES = {"DDPO jpeg": (12, 22), "DDPO incompressibility": (12, 22)}  # run: further epochs
+STAGES = {"DDPO jpeg": (12, 22), "DDPO incompressibility": (12, 22),  # run: further epochs
+          "DDPO noise_aware jpeg": (4, 8, 12, 16, 22),
+          "DDPO noise_aware incompressibility": (4, 8, 12, 16, 22)}
 QUICK = {"RL count": 12, "KL-O count": 12, "DDPO jpeg": 15}  # run: epochs
+LAST = 4  # epochs over which the reward of training images is averaged
 # Number of seeds: standard errors from the mean to the end of its 95 % interval (Student's t)
-STUDENT = {8: 2.36, 9: 2.31, 10: 2.26, 11: 2.23, 12: 2.2, 13: 2.18, 14: 2.16, 15: 2.14, 16: 2.13}
+STUDENT = {4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 11: 2.23, 12: 2.2,
+           13: 2.18, 14: 2.16, 15: 2.14, 16: 2.13}
 
 
 # ---------- the runs
@@ -83,10 +90,11 @@ STUDENT = {8: 2.36, 9: 2.31, 10: 2.26, 11: 2.23, 12: 2.2, 13: 2.18, 14: 2.16, 15
 ALIGNMENT = "shapes/shapes_reward.py:alignment"
 COMMON = "--device cpu --precision fp32 --model shapes --steps 10 --guidance 2 --batch 64"
 SHARED = {  # script: what its runs have besides COMMON, unless a run names another value
-    ddpo: "--prompts shapes/prompts.txt --samples_per_epoch 64 --lr 3e-3 --clip_range 6.4e-3",
+    ddpo: "--prompts shapes/prompts.txt --samples_per_epoch 64 --lr 3e-3 --clip_range 6.4e-3 "
+          "--noise_aware False",
     dpok: f"--reward {ALIGNMENT} --samples_per_epoch 64 --updates_per_epoch 5 --update_batch 128 "
           "--alpha 10 --beta 0.01 --value_lr 3e-4 --value_steps 10 --gamma 0.1 --lr 2e-3 "
-          "--clip_range 6.4e-3 --evaluation_images 0",
+          "--clip_range 6.4e-3 --evaluation_images 0 --noise_aware False",
     rwr: "--prompts shapes/prompts.txt --samples_per_epoch 256 --updates_per_epoch 10 "
          "--update_batch 128 --inverse_temperature 10 --lr 3e-3",
 }
@@ -98,6 +106,7 @@ class Run(NamedTuple):
     script: ModuleType
     kind: str   # its prompts: a kind of KINDS, or "all" for those of shapes/prompts.txt
     flags: str  # its own settings
+    seeds: int = 8
 
 
 RUNS = {
@@ -136,12 +145,36 @@ RUNS = {
     "no value location": Run(dpok, "location", "--epochs 30 --no-value"),
     "jpeg beta 0": Run(dpok, "count", "--reward jpeg --epochs 20 --beta 0"),
     "jpeg beta 0.5": Run(dpok, "count", "--reward jpeg --epochs 20 --beta 0.5"),
+    # With --noise_aware, and 50 steps with and without it
+    "DDPO noise_aware jpeg": Run(ddpo, "all", "--reward jpeg --epochs 32 --noise_aware"),
+    "DDPO noise_aware incompressibility":
+        Run(ddpo, "all", "--reward incompressibility --epochs 32 --noise_aware"),
+    "DDPO noise_aware colour":
+        Run(ddpo, "colour", f"--reward {ALIGNMENT} --epochs 20 --noise_aware"),
+    "DDPO noise_aware count": Run(ddpo, "count", f"--reward {ALIGNMENT} --epochs 20 --noise_aware"),
+    "DDPO noise_aware composition":
+        Run(ddpo, "composition", f"--reward {ALIGNMENT} --epochs 20 --noise_aware"),
+    "DDPO noise_aware location":
+        Run(ddpo, "location", f"--reward {ALIGNMENT} --epochs 30 --noise_aware"),
+    "SF noise_aware jpeg": Run(single_pass, "all", "--reward jpeg --epochs 32 --noise_aware"),
+    "RL noise_aware composition": Run(dpok, "composition", "--epochs 20 --noise_aware"),
+    "RL noise_aware location": Run(dpok, "location", "--epochs 30 --noise_aware"),
+    "DDPO noise_aware jpeg kl_weight":
+        Run(ddpo, "all", "--reward jpeg --epochs 32 --kl_weight 0.3 --noise_aware"),
+    "DDPO 50_steps jpeg": Run(ddpo, "all", "--reward jpeg --epochs 16 --steps 50", seeds=4),
+    "DDPO 50_steps noise_aware jpeg":
+        Run(ddpo, "all", "--reward jpeg --epochs 16 --steps 50 --noise_aware", seeds=4),
+    "DDPO 50_steps location":
+        Run(ddpo, "location", f"--reward {ALIGNMENT} --epochs 16 --steps 50", seeds=4),
+    "DDPO 50_steps noise_aware location":
+        Run(ddpo, "location", f"--reward {ALIGNMENT} --epochs 16 --steps 50 --noise_aware",
+            seeds=4),
 }
 
 
 def arguments(name: str) -> str:
     """Get the flags of a run that its script's runs do not share."""
-    _, kind, flags = RUNS[name]
+    kind, flags = RUNS[name].kind, RUNS[name].flags
     if kind in KINDS:
         return f"--prompts {shlex.quote(KINDS[kind])} {flags}"
     return flags
@@ -182,7 +215,7 @@ def fingerprint(name: str) -> str:
 
 # ---------- training and measuring
 
-def score(pipe, prompts: list, count: int, seed: int, epoch: int) -> dict:
+def score(pipe, prompts: list, count: int, seed: int, epoch: int, steps: int = 10) -> dict:
     """Score about `count` images of a model, as many for each prompt -> {measure: its mean}."""
     texts = []
     for prompt in prompts:
@@ -190,7 +223,7 @@ def score(pipe, prompts: list, count: int, seed: int, epoch: int) -> dict:
     generators = []
     for i in range(len(texts)):
         generators.append(dpok.generator(seed, 100_000 + epoch, i))  # no training has this epoch
-    images = dpok.sample(pipe, texts, settings("RL count"), generators).images
+    images = dpok.sample(pipe, texts, settings("RL count", steps=steps), generators).images
     pixels = np.stack([np.asarray(image, np.float32) / 255 for image in images])
     by_prompt = pixels.reshape(len(prompts), -1, pixels[0].size)
     scores = {"alignment": shapes_reward.alignment(images, texts).mean().item(),
@@ -214,6 +247,7 @@ def prompt_sets(kind: str) -> dict[str, list]:
 
 def measured_sets(name: str) -> list[str]:
     """List those sets of prompts on which claims need the scores of a run."""
+    name = name.replace(" noise_aware", "")
     names = ["trained"]
     if name.startswith(("RL ", "DDPO jpeg")):
         names.append("unseen")
@@ -225,7 +259,7 @@ def measured_sets(name: str) -> list[str]:
 def run(name: str, seed: int, folder: Path = FOLDER, device: str = "cpu", **more) -> dict:
     """Train on one thread, and measure on the CPU -> what claims.json keeps of a run."""
     torch.set_num_threads(1)
-    script, kind, _ = RUNS[name]
+    script, kind = RUNS[name].script, RUNS[name].kind
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder / f"{name}-{seed}"
     config = settings(name, seed=seed, out=folder, sample_every=1, **more)  # keeps all LoRAs
@@ -251,7 +285,7 @@ def run(name: str, seed: int, folder: Path = FOLDER, device: str = "cpu", **more
                 count = 128 if where == "trained" else 64
                 if script is rwr:
                     count = 384
-                scores = score(pipe, prompts, count, seed, epoch)
+                scores = score(pipe, prompts, count, seed, epoch, config.steps)
                 measured.setdefault(where, {})[epoch] = scores
             pipe.unload_lora_weights()
     return {"settings": fingerprint(name), "ends": ends, "queries": int(log["reward_queries"][-1]),
@@ -267,24 +301,34 @@ def read_log(file: Path) -> dict[str, list[float]]:
     return {column: [float(row[column]) for row in rows] for column in rows[0]}
 
 
-def measure_pretrained() -> dict:
-    """Measure the pre-trained model on a thousand images of each set of prompts
-    -> {kind: {set: {measure: mean, "errors": {measure: standard error}}}}."""
+def measure_pretrained(known: dict) -> dict:
+    """Measure the pre-trained model on a thousand images of each set of prompts, for those kinds of
+    `pretrained_kind` that are not known yet -> all of them, {kind: {set: {measure: mean, "errors":
+    {measure: standard error}}}}."""
     torch.set_num_threads(1)
     pipe = dpok.load_pipeline(settings("RL count"))
     by_prompts = {}  # kinds share some sets
-    pretrained = {}
-    for kind in (*KINDS, "all"):
+    pretrained = dict(known)
+    for name, run_of_kind in RUNS.items():
+        kind = pretrained_kind(name)
+        if kind in pretrained:
+            continue
         pretrained[kind] = {}
-        for where, prompts in prompt_sets(kind).items():
+        steps = settings(name).steps
+        for where, prompts in prompt_sets(run_of_kind.kind).items():
             if not prompts:
                 continue
-            key = tuple(prompts)
+            key = tuple(prompts), steps
             if key not in by_prompts:
-                blocks = [score(pipe, prompts, 128, 99, block) for block in range(BLOCKS)]
+                blocks = [score(pipe, prompts, 128, 99, block, steps) for block in range(BLOCKS)]
                 by_prompts[key] = mean_and_errors(blocks)
             pretrained[kind][where] = by_prompts[key]
     return pretrained
+
+
+def pretrained_kind(name: str) -> str:
+    """Name the scores of the pre-trained model with which a run is compared."""
+    return f"{RUNS[name].kind}, 50 steps" if "50_steps" in name else RUNS[name].kind
 
 
 def mean_and_errors(blocks: list[dict]) -> dict:
@@ -350,16 +394,17 @@ def run_all(jobs: list, at_once: int, file: Path) -> int:
 
 # ---------- effects: differences of scores, one for each seed
 
-def finished(stored: dict, least: int = 8) -> dict[str, list]:
-    """Choose the runs that are finished with at least `least` seeds -> {run: [what is kept of each
-    seed]}. Runs with other settings than today's do not count."""
+def finished(stored: dict, least: int | None = None) -> dict[str, list]:
+    """Choose the runs that are finished with at least `least` seeds, or as many as RUNS says
+    -> {run: [what is kept of each seed]}. Runs with other settings than today's do not count."""
     found = {name: [] for name in RUNS}
     fingerprints = {name: fingerprint(name) for name in RUNS}
     for key, kept in sorted(stored["runs"].items()):
         name, _, seed = key.rpartition("-")
         if name in RUNS and kept["settings"] == fingerprints[name]:
             found[name].append(kept | {"seed": int(seed)})
-    return {name: runs for name, runs in found.items() if len(runs) >= least}
+    return {name: runs for name, runs in found.items()
+            if len(runs) >= (least or RUNS[name].seeds)}
 
 
 def over_seeds(found: dict, name: str, what: str = "strict", where: str = "trained",
@@ -407,7 +452,7 @@ class Effects:
         """Compare a run with the pre-trained model."""
         if name not in self.found:
             return None
-        start = self.before[RUNS[name].kind][where]
+        start = self.before[pretrained_kind(name)][where]
         effect = over_seeds(self.found, name, what, where, epoch) - start[what]
         return Part([name], effect, start["errors"][what])
 
@@ -415,19 +460,71 @@ class Effects:
         """Compare the pre-trained model with a run."""
         return opposite(self.gained(name, what, where, epoch))
 
-    def ahead(self, one, other, what="strict", where="trained", last=3) -> Part | None:
-        """Compare two runs, seed by seed; None also if they share too few seeds."""
+    def common(self, one, other) -> dict | None:
+        """Choose the seeds that two runs share -> {run: [what is kept of each]}, None if they are
+        too few."""
         if one not in self.found or other not in self.found:
             return None
         seeds = {kept["seed"] for kept in self.found[one]}
         seeds &= {kept["seed"] for kept in self.found[other]}
-        if len(seeds) < min(len(self.found[one]), min(STUDENT)):
+        if len(seeds) < min(len(self.found[one]), RUNS[one].seeds):
             return None
-        values = []
-        for name in (one, other):
-            common = [kept for kept in self.found[name] if kept["seed"] in seeds]
-            values.append(over_seeds({name: common}, name, what, where, last=last))
+        return {name: [kept for kept in self.found[name] if kept["seed"] in seeds]
+                for name in (one, other)}
+
+    def ahead(self, one, other, what="strict", where="trained", last=3) -> Part | None:
+        """Compare two runs, seed by seed; None also if they share too few seeds."""
+        both = self.common(one, other)
+        if both is None:
+            return None
+        values = [over_seeds(both, name, what, where, last=last) for name in (one, other)]
         return Part([one, other], values[0] - values[1], 0)
+
+    def saved(self, one, other) -> Part | None:
+        """Compute how much earlier `one` reaches a reward than `other`, as a share of the reward
+        queries, seed by seed. The reward is the lower one of those at which both end, so that both
+        reach it. Rewards are means over LAST epochs of training images."""
+        both = self.common(one, other)
+        if both is None:
+            return None
+        shares = []
+        for pair in zip(both[one], both[other]):
+            first, second = [moving_mean(kept["reward_mean"]) for kept in pair]
+            level = min(first[-1], second[-1])
+            earlier = np.argmax(second >= level) - np.argmax(first >= level)
+            shares.append(earlier / len(pair[0]["reward_mean"]))
+        return Part([one, other], np.array(shares), 0)
+
+    def ahead_at_equal_size(self, one, other) -> Part | None:
+        """Compare the strict accuracy of two runs, seed by seed, at the size of a JPEG at which
+        `other` ends. That of `one` is interpolated between its STAGES."""
+        both = self.common(one, other)
+        if both is None:
+            return None
+        start = self.before[RUNS[one].kind]["trained"]
+        path = {}
+        for what in ("size", "strict"):
+            stages = [over_seeds(both, one, what, epoch=epoch) for epoch in STAGES[one]]
+            first = np.full(len(both[one]), start[what])
+            path[what] = np.stack([first, *stages, over_seeds(both, one, what)], 1)
+        sizes = over_seeds(both, other, "size")
+        differences = over_seeds(both, other, "strict") * -1
+        for i, size in enumerate(sizes):
+            differences[i] += first_crossing(path["size"][i], path["strict"][i], size)
+        return Part([one, other], differences, 0)
+
+
+def moving_mean(values: list) -> np.ndarray:
+    """Average every LAST consecutive values."""
+    return np.convolve(values, np.ones(LAST) / LAST, "valid")
+
+
+def first_crossing(x: np.ndarray, y: np.ndarray, level: float) -> float:
+    """Interpolate y where x, on its way from x[0], first crosses a level; y[-1] if it does not."""
+    for i in range(len(x) - 1):
+        if min(x[i], x[i + 1]) <= level <= max(x[i], x[i + 1]):
+            return float(y[i] + (level - x[i]) / (x[i + 1] - x[i]) * (y[i + 1] - y[i]))
+    return float(y[-1])
 
 
 def opposite(part: Part | None) -> Part | None:
@@ -442,7 +539,8 @@ def opposite(part: Part | None) -> Part | None:
 def claims(before: dict, found: dict) -> list[Claim]:
     """List the claims with the effects of the runs that are finished."""
     effects = Effects(before, found)
-    return [*ddpo_claims(effects), *dpok_claims(effects), *transfer_claims(effects)]
+    return [*ddpo_claims(effects), *dpok_claims(effects), *transfer_claims(effects),
+            *noise_aware_claims(effects)]
 
 
 def ddpo_claims(effects: Effects) -> list[Claim]:
@@ -528,6 +626,68 @@ def transfer_claims(effects: Effects) -> list[Claim]:
               0, {"": ahead("jpeg beta 0.5", "jpeg beta 0", "diversity", "other")})]
 
 
+def noise_aware_claims(effects: Effects) -> list[Claim]:
+    """List the claims about --noise_aware, which is not in the papers. Each run is compared with
+    the same run without it, and in Fig. 4 with the baselines."""
+    gained, lost, ahead, saved = effects.gained, effects.lost, effects.ahead, effects.saved
+
+    def more_reward(one: str, other: str, task: str, last: int = 3) -> Part | None:
+        what = "alignment" if task in KINDS else "size"
+        part = ahead(f"{one} {task}", f"{other} {task}", what, last=last)
+        return opposite(part) if task == "jpeg" else part
+
+    tasks = "jpeg", "incompressibility", *UNSEEN
+    pairs = {}  # name of a part: task, run with the flag, run without it
+    for task in tasks:
+        title = task if task in KINDS else f"`{task}`"
+        pairs[title] = task, "DDPO noise_aware", "DDPO"
+    for task, title in {"jpeg": "`jpeg` at 50 steps", "location": "location at 50 steps"}.items():
+        pairs[title] = task, "DDPO 50_steps noise_aware", "DDPO 50_steps"
+    more, higher, sooner = {}, {}, {}
+    for title, (task, one, other) in pairs.items():
+        more[title] = more_reward(one, other, task)
+        sooner[title] = saved(f"{one} {task}", f"{other} {task}")
+        if task in KINDS:
+            higher[title] = ahead(f"{one} {task}", f"{other} {task}")
+
+    flag = "With `--noise_aware`"
+    units = "(kB for the size of a JPEG, alignment for the others)"
+    made = [
+        Claim("", f"{flag}, DDPO_IS ends with more reward than without it {units}", 0, more),
+        Claim("", f"{flag}, DDPO_IS ends with higher strict accuracy than without it", 0, higher),
+        Claim("", f"{flag}, DDPO_IS reaches the same reward with fewer queries than without it "
+              "(shown: the difference, as a share of a run's queries)", 0, sooner),
+        Claim("", f"{flag}, DDPO_IS has higher strict accuracy at the file size at which it ends "
+              "without it", 0, {
+                  f"`{task}`": effects.ahead_at_equal_size(f"DDPO noise_aware {task}",
+                                                           f"DDPO {task}")
+                  for task in ("jpeg", "incompressibility")}),
+        Claim("", f"{flag}, DDPO_SF ends with more reward than without it, kB", 0,
+              {"`jpeg`": more_reward("SF noise_aware", "SF", "jpeg")}),
+        Claim("", f"{flag}, DPOK ends with higher strict accuracy than without it", 0, {
+            task: ahead(f"RL noise_aware {task}", f"RL {task}")
+            for task in ("composition", "location")})]
+    for other in ("RWR", "RWR_sparse"):
+        parts = {}
+        for title, (task, one, _) in pairs.items():
+            if f"{other} {task}" in RUNS and "50_steps" not in one:
+                parts[title] = more_reward(one, other, task, last=1)
+        made.append(Claim("after DDPO Fig. 4",
+                          f"{flag}, DDPO_IS ends with more reward than {other} {units}", 0, parts))
+    with_penalty = "DDPO noise_aware jpeg kl_weight"
+    smaller = opposite(ahead(with_penalty, "DDPO jpeg kl_weight", "size"))
+    return [
+        *made,
+        Claim("after DDPO A", f"{flag}, DDPO over-optimises a JPEG's size: strict accuracy falls "
+              "by 0.15 or more", 0.15, {
+                  f"`{task}`": lost(f"DDPO noise_aware {task}")
+                  for task in ("jpeg", "incompressibility")}),
+        Claim("after DDPO A", f"{flag} and `--kl_weight`, DDPO on `jpeg` loses at most 0.1 strict "
+              "accuracy (shown: the change)", -0.1, {"": gained(with_penalty)}),
+        Claim("after DDPO A", f"{flag} and `--kl_weight`, DDPO on `jpeg` makes files smaller than "
+              "with `--kl_weight` alone, kB", 0, {"": smaller})]
+
+
 def verdict(part: Part, least: float) -> str:
     """Judge a part of a claim by its mean effect over seeds and the 95 % interval of it.
 
@@ -545,19 +705,20 @@ def verdict(part: Part, least: float) -> str:
     return "inconclusive"
 
 
-def repeat(stored: dict, again: dict, count: int):
-    """Print whether the mean over `count` other seeds, or of the same on another device, lies where
-    the recorded seeds lead to expect that of other seeds in 95 of 100 cases."""
+def repeat(stored: dict, again: dict):
+    """Print whether the mean over other seeds, or over the same on another device, lies in the 95 %
+    prediction interval of the recorded seeds."""
     before = stored["pre-trained"]
     recorded_claims = claims(before, finished(stored))
-    new_claims = claims(before, finished(again, count))
+    new_claims = claims(before, finished(again, least=1))
     for recorded, new in zip(recorded_claims, new_claims):
         for name in recorded.parts:
             if not recorded.parts[name] or not new.parts[name]:
                 continue
             old = recorded.parts[name].effect
-            mean = new.parts[name].effect.mean()
-            reach = STUDENT[len(old)] * old.std(ddof=1) * (1 / len(old) + 1 / count) ** 0.5
+            others = new.parts[name].effect
+            mean = others.mean()
+            reach = STUDENT[len(old)] * old.std(ddof=1) * (1 / len(old) + 1 / len(others)) ** 0.5
             says = "within" if abs(mean - old.mean()) <= reach else "OUTSIDE"
             what = f"{recorded.text}, {name}" if name else recorded.text
             print(f"{what}: {mean:.2f}, {says} {old.mean():.2f} ± {reach:.2f}")
@@ -611,7 +772,7 @@ def ddpo_table(before: dict, found: dict) -> list[str]:
     start = [f"{before['all']['trained'][what]:.2f}" for what in measures]
     lines.append(row("pre-trained", "", *start, "0"))
     for name in found:
-        if RUNS[name].kind != "all":
+        if RUNS[name].kind != "all" or "50_steps" in name:
             continue
         for epoch in STAGES.get(name, ()):
             scores = [spread(over_seeds(found, name, what, epoch=epoch)) for what in measures]
@@ -641,6 +802,24 @@ def method_table(before: dict, found: dict) -> list[str]:
         lines.append(row(prompt, start["trained"], *by_method,
                          start["unseen"], accuracy(found, f"RL {kind}", "unseen"),
                          start["other"], accuracy(found, f"RL {kind}", "other")))
+    return lines
+
+
+def noise_aware_table(before: dict, found: dict) -> list[str]:
+    """Write what runs with and without --noise_aware end with, on the seeds that both have."""
+    lines = header("run", "size in kB, or alignment: pre-trained", "without", "`--noise_aware`",
+                   "strict: pre-trained", "without", "`--noise_aware`")
+    for name in found:
+        partner = name.replace(" noise_aware", "")
+        both = Effects(before, found).common(name, partner)
+        if name == partner or both is None:
+            continue
+        start = before[pretrained_kind(name)]["trained"]
+        cells = [partner]
+        for what in ("size" if RUNS[name].kind == "all" else "alignment", "strict"):
+            cells += [f"{start[what]:.2f}", spread(over_seeds(both, partner, what)),
+                      spread(over_seeds(both, name, what))]
+        lines.append(row(*cells))
     return lines
 
 
@@ -679,7 +858,16 @@ def result_tables(stored: dict) -> list[str]:
     """Write what the runs have shown."""
     before, found = stored["pre-trained"], finished(stored)
     return [*claim_table(before, found), "", *ddpo_table(before, found), "",
-            *method_table(before, found)]
+            *method_table(before, found), "", *noise_aware_table(before, found),
+            *unfinished(found)]
+
+
+def unfinished(found: dict) -> list[str]:
+    """Write which runs have yet to be made; nothing if there are none."""
+    names = [name for name in RUNS if name not in found]
+    if not names:
+        return []
+    return ["", f"Not finished yet: {', '.join(names)}. `python experiments/claims.py` makes them."]
 
 
 def run_tables(stored: dict) -> list[str]:
@@ -730,8 +918,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="", metavar="NAME",
                         help="the run of this name or, failing that, the runs with it in theirs")
-    parser.add_argument("--count", type=int, choices=STUDENT, default=8,
-                        help=f"number of seeds, from {FIRST} on")
+    parser.add_argument("--count", type=int, choices=STUDENT,
+                        help=f"number of seeds, from {FIRST} on (default: 8, or 4 for runs of 50 "
+                             "steps)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[],
                         help="other seeds, to be compared with the recorded ones")
     parser.add_argument("--device", default="cpu",
@@ -746,26 +935,33 @@ def main() -> int:
     if not names:
         parser.error(f"no run has {options.only!r} in its name; the runs are {', '.join(RUNS)}")
     if options.quick:
-        if options.only or options.seeds or options.device != "cpu" or options.count != 8:
+        if options.only or options.seeds or options.device != "cpu" or options.count:
             parser.error("--quick cannot be combined with --only, --count, --seeds or --device")
         return int(quick(options.jobs) > 0)
-    seeds = options.seeds or range(FIRST, FIRST + options.count)
     is_repeat = bool(options.seeds) or options.device != "cpu"
+    seeds_of = {}
+    for name in names:
+        count = options.count or RUNS[name].seeds
+        if count < RUNS[name].seeds:
+            parser.error(f"--count {count} is less than the {RUNS[name].seeds} seeds of {name!r}; "
+                         "use --seeds for a repeat with fewer")
+        seeds_of[name] = options.seeds or range(FIRST, FIRST + count)
     folder = FOLDER
     if is_repeat:
+        seeds = max(seeds_of.values(), key=len)
         folder /= f"{options.device}-seeds-{'-'.join(str(seed) for seed in seeds)}"
     jobs = []
-    for name in names:
+    for name, seeds in seeds_of.items():
         for seed in seeds:
             jobs.append((name, seed, {"device": options.device, "folder": folder}))
     if is_repeat:
         again = folder.with_suffix(".json")
         failed = run_all(jobs, options.jobs, again)
-        repeat(load(RECORDED), load(again), len(seeds))
+        repeat(load(RECORDED), load(again))
         return int(failed > 0)
     stored = load(RECORDED)
-    if not stored["pre-trained"]:
-        save(RECORDED, stored | {"pre-trained": measure_pretrained()})
+    if not {pretrained_kind(name) for name in RUNS} <= stored["pre-trained"].keys():
+        save(RECORDED, stored | {"pre-trained": measure_pretrained(stored["pre-trained"])})
     failed = run_all(jobs, options.jobs, RECORDED)
     write_page(load(RECORDED))
     return int(failed > 0)

@@ -22,7 +22,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 RESULTS = claims.RECORDED.parent
-TITLES = {"DDPO": "DDPO_IS", "SF": "DDPO_SF"}  # of methods in DDPO's Fig. 4; others as they are
+TITLES = {"DDPO": "DDPO_IS", "SF": "DDPO_SF",  # of methods in DDPO's Fig. 4; others as they are
+          "DDPO noise_aware": "DDPO_IS --noise_aware"}
 
 
 def axes(rows: int, title: str):
@@ -40,8 +41,10 @@ def plot_fig4(before: dict, found: dict):
                              "prompt, and not on file sizes (DDPO, Fig. 4)")
     units = {"jpeg": "reward, −kB", "incompressibility": "reward, kB",
              "count": "reward, alignment"}
+    methods = [method for method in ("DDPO", "SF", "RWR", "RWR_sparse", "DDPO noise_aware")
+               if all(f"{method} {reward}" in found for reward in units)]
     for axis, (reward, unit) in zip(panels, units.items()):
-        for method in ("DDPO", "SF", "RWR", "RWR_sparse"):
+        for method in methods:
             runs = found[f"{method} {reward}"]
             values = np.array([kept["reward_mean"] for kept in runs])  # (seeds, epochs)
             mean = values.mean(0)
@@ -117,18 +120,24 @@ def plot_frontier(before: dict, found: dict):
 def plot_overoptimisation(before: dict, found: dict):
     """Plot strict accuracy against the size of the JPEG along training, means over the seeds."""
     figure, (axis,) = axes(
-        1, "As files get smaller, fewer images match their captions, except with a KL penalty "
+        1, "As file sizes change, fewer images match their captions, except with a KL penalty "
         "(DDPO, A)")
     start = before["all"]["trained"]
-    for name in ("DDPO jpeg", "DDPO incompressibility", "DDPO jpeg kl_weight", "DDPO jpeg max_kl"):
+    for name, line in {"DDPO jpeg": "C0o-", "DDPO noise_aware jpeg": "C0o:",
+                       "DDPO incompressibility": "C1o-",
+                       "DDPO noise_aware incompressibility": "C1o:",
+                       "DDPO jpeg kl_weight": "C2o-", "DDPO noise_aware jpeg kl_weight": "C2o:",
+                       "DDPO jpeg max_kl": "C3o-"}.items():
+        if name not in found:
+            continue
         sizes, strict = [start["size"]], [start["strict"]]
         for epoch in (*STAGES.get(name, ()), None):  # None: the end
             sizes.append(over_seeds(found, name, "size", epoch=epoch).mean())
             strict.append(over_seeds(found, name, "strict", epoch=epoch).mean())
-        axis.plot(sizes, strict, "o-", label=name.removeprefix("DDPO "), markersize=4)
+        axis.plot(sizes, strict, line, label=name.removeprefix("DDPO "), markersize=4)
     axis.plot(start["size"], start["strict"], "k*", markersize=11, label="pre-trained")
     axis.set(xlabel="size of the JPEG, kB", ylabel="strict accuracy", ylim=(0, None))
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, ncols=2, loc="outside lower center")
     figure.savefig(RESULTS / "overoptimisation.png", dpi=150)
 
 
@@ -200,7 +209,8 @@ def main():
     stored = claims.load(claims.RECORDED)
     before = stored["pre-trained"]
     found = claims.finished(stored)
-    missing = [name for name in claims.RUNS if name not in found]
+    missing = [name for name in claims.RUNS
+               if name not in found and "noise_aware" not in name and "50_steps" not in name]
     if missing:
         sys.exit(f"figures.py: error: claims.py has not finished {', '.join(missing)}")
     plot_curve(before, found)

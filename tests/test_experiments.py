@@ -614,6 +614,14 @@ def test_the_methods_of_fig_4_have_as_many_reward_queries(method, reward):
     assert queries == ours.epochs * ours.samples_per_epoch
 
 
+@pytest.mark.parametrize("name", [name for name in claims.RUNS if " noise_aware" in name])
+def test_a_noise_aware_run_differs_from_its_partner_by_the_flag_alone(name):
+    partner = claims.settings(name.replace(" noise_aware", ""))
+    assert not partner.noise_aware
+    assert claims.settings(name) == dataclasses.replace(partner, noise_aware=True)
+    assert claims.RUNS[name].seeds == claims.RUNS[name.replace(" noise_aware", "")].seeds
+
+
 @pytest.mark.parametrize("name", ["DDPO jpeg", "SF jpeg", "RWR count", "RL count", "KL-O count"])
 def test_a_run_of_the_claims_does_not_depend_on_the_settings_of_shapes(
         name, tmp_path, monkeypatch):
@@ -680,13 +688,15 @@ def test_no_two_runs_have_the_same_fingerprint():
 
 
 def test_every_stored_run_counts():
-    """No change of settings has orphaned a run: 30 runs with 8 seeds each, and 8 more of one."""
+    """No change of settings has orphaned a run. Those of the papers' claims are all finished."""
     stored = claims.load(claims.RECORDED)
-    counts = {name: len(runs) for name, runs in claims.finished(stored).items()}
-    assert counts.keys() == claims.RUNS.keys()
-    assert counts.pop("DDPO location") == 16
-    assert set(counts.values()) == {8}
-    assert len(stored["runs"]) == 248
+    counts = {name: len(runs) for name, runs in claims.finished(stored, least=1).items()}
+    assert sum(counts.values()) == len(stored["runs"])
+    for name in claims.RUNS:
+        if "noise_aware" not in name and "50_steps" not in name:
+            assert counts.pop(name) == (16 if name == "DDPO location" else 8), name
+    for name, count in counts.items():
+        assert count == claims.RUNS[name].seeds, name
 
 
 # ---------- the claims: what is measured and kept
@@ -700,13 +710,79 @@ def lora_of(pipe):
     return weights
 
 
+def test_queries_are_saved_up_to_the_lower_of_two_ends():
+    """Of 8 epochs. The means of four epochs of `late` are 1, 1, 2, 3, 4, those of `soon` 4, 4, 4, 4,
+    4. With seed 1 the flag is sooner by four epochs, with seed 2 later by four, with seed 3 neither
+    although both reach their end at once. `low` ends at 2, which `late` reaches two epochs later
+    than it."""
+    late = [1, 1, 1, 1, 1, 5, 5, 5]
+    soon = [4] * 8
+    low = [2] * 8
+    found = {"DDPO count": [late, soon, soon, late], "SF count": [soon, late, soon, low]}
+    found = {name: [{"seed": seed, "reward_mean": rewards_of_epochs}
+                    for seed, rewards_of_epochs in enumerate(runs)] for name, runs in found.items()}
+    part = claims.Effects({}, found).saved("SF count", "DDPO count")
+    assert part.effect.tolist() == [4 / 8, -4 / 8, 0, 2 / 8]
+    opposite = claims.Effects({}, found).saved("DDPO count", "SF count")
+    assert opposite.effect.tolist() == [-4 / 8, 4 / 8, 0, -2 / 8]
+
+
+def test_strict_accuracy_is_interpolated_where_the_size_is_first_crossed():
+    sizes, strict = np.array([1.9, 1.7, 1.5, 1.6]), np.array([0.5, 0.4, 0.2, 0.0])
+    assert claims.first_crossing(sizes, strict, 1.6) == pytest.approx(0.3)
+    assert claims.first_crossing(-sizes, strict, -1.8) == pytest.approx(0.45)
+    assert claims.first_crossing(sizes, strict, 1.0) == 0.0
+
+
+def made_up_run(name, better):
+    """What is kept of seeds of a run in which the flag is better in every way by `better`."""
+    task = name.split()
+    size = {"jpeg": -better, "incompressibility": better}
+    change = sum(size.get(word, 0) for word in task)
+    scores = {"alignment": 0.6 + better, "strict": 0.5 + better, "size": 2 + change,
+              "diversity": 0.2}
+    ends = [14, 15, 16]
+    epochs = {str(epoch): scores for epoch in (*ends, *claims.STAGES.get(name, ()))}
+    reward = [0.0] * 12 + [1 + better] * 4
+    return [{"seed": seed, "ends": ends, "trained": epochs, "unseen": epochs, "other": epochs,
+             "kl": reward, "reward_mean": reward} for seed in range(claims.RUNS[name].seeds)]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_claims_about_noise_aware_have_the_right_signs(stored, sign):
+    """In made-up runs in which all with the flag are better, or worse, than all without it."""
+    found = {}
+    for name in claims.RUNS:
+        found[name] = made_up_run(name, 0.1 * sign if "noise_aware" in name else 0.0)
+    checked = 0
+    for claim in claims.noise_aware_claims(claims.Effects(stored["pre-trained"], found)):
+        if " than " in claim.text and "fewer queries" not in claim.text:
+            for part in claim.parts.values():
+                assert part.effect == pytest.approx(np.full(len(part.effect), 0.1 * sign))
+                checked += 1
+    assert checked == 8 + 5 + 1 + 2 + 2 * 3 + 1
+    table = claims.noise_aware_table(stored["pre-trained"], found)
+    assert len(table) == 2 + 12
+
+
+@pytest.mark.parametrize("missing", [name for name in claims.RUNS if "noise_aware" in name])
+def test_the_claims_and_tables_do_without_a_run_that_is_missing(stored, missing):
+    found = {name: made_up_run(name, 0.1) for name in claims.RUNS if name != missing}
+    for claim in claims.claims(stored["pre-trained"], found):
+        for part in claim.parts.values():
+            assert part is None or missing not in part.runs
+    assert claims.claim_table(stored["pre-trained"], found)
+    assert len(claims.noise_aware_table(stored["pre-trained"], found)) == 2 + 11
+
+
 @pytest.fixture
 def small_run(tmp_path, monkeypatch):
     """A run of the claims with tiny settings -> what is kept of it, its folder, and for each epoch
     at which it was measured the LoRA and the number of images."""
     measured = {}
 
-    def fake_score(pipe, prompts, count, seed, epoch):
+    def fake_score(pipe, prompts, count, seed, epoch, steps):
+        assert steps == 2
         measured[epoch] = lora_of(pipe), count
         return {"strict": epoch / 100}
 
@@ -890,7 +966,7 @@ def test_the_pages_have_the_accuracies_of_the_supervised_baseline(stored, found)
 def test_the_page_has_what_the_repetition_on_a_gpu_printed(stored, capsys):
     page = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
     on_gpu = claims.load(EXPERIMENTS / "results" / "gpu.json")
-    claims.repeat(stored, on_gpu, 4)
+    claims.repeat(stored, on_gpu)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 8
     for line in printed:

@@ -711,10 +711,9 @@ def lora_of(pipe):
 
 
 def test_queries_are_saved_up_to_the_lower_of_two_ends():
-    """Of 8 epochs. The means of four epochs of `late` are 1, 1, 2, 3, 4, those of `soon` 4, 4, 4, 4,
-    4. With seed 1 the flag is sooner by four epochs, with seed 2 later by four, with seed 3 neither
-    although both reach their end at once. `low` ends at 2, which `late` reaches two epochs later
-    than it."""
+    """Each run has 8 epochs. Means of four epochs are 1, 1, 2, 3, 4 for `late`, 4 for `soon` and
+    2 for `low`. With seed 0 the first run is sooner by four epochs, and with seed 1 later by four.
+    With seed 2 both are the same. With seed 3 the first ends at 2, two epochs before the other."""
     late = [1, 1, 1, 1, 1, 5, 5, 5]
     soon = [4] * 8
     low = [2] * 8

@@ -507,11 +507,11 @@ class Effects:
             stages = [over_seeds(both, one, what, epoch=epoch) for epoch in STAGES[one]]
             first = np.full(len(both[one]), start[what])
             path[what] = np.stack([first, *stages, over_seeds(both, one, what)], 1)
-        sizes = over_seeds(both, other, "size")
-        differences = over_seeds(both, other, "strict") * -1
-        for i, size in enumerate(sizes):
-            differences[i] += first_crossing(path["size"][i], path["strict"][i], size)
-        return Part([one, other], differences, 0)
+        ends = over_seeds(both, other, "size")
+        reached = []
+        for sizes, strict, end in zip(path["size"], path["strict"], ends):
+            reached.append(first_crossing(sizes, strict, end))
+        return Part([one, other], np.array(reached) - over_seeds(both, other, "strict"), 0)
 
 
 def moving_mean(values: list) -> np.ndarray:
@@ -643,7 +643,9 @@ def noise_aware_claims(effects: Effects) -> list[Claim]:
         pairs[title] = task, "DDPO noise_aware", "DDPO"
     for task, title in {"jpeg": "`jpeg` at 50 steps", "location": "location at 50 steps"}.items():
         pairs[title] = task, "DDPO 50_steps noise_aware", "DDPO 50_steps"
-    more, higher, sooner = {}, {}, {}
+    more = {}
+    higher = {}
+    sooner = {}
     for title, (task, one, other) in pairs.items():
         more[title] = more_reward(one, other, task)
         sooner[title] = saved(f"{one} {task}", f"{other} {task}")

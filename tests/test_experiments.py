@@ -733,6 +733,26 @@ def test_strict_accuracy_is_interpolated_where_the_size_is_first_crossed():
     assert claims.first_crossing(sizes, strict, 1.0) == 0.0
 
 
+@pytest.mark.parametrize("epoch", [12, 22, None])
+def test_strict_accuracy_at_equal_size_is_that_at_the_size_of_the_other_run(stored, epoch):
+    """Both runs lose accuracy in proportion to size. The first is twice as fast, and the second has
+    0.1 less from its first measurement on. So they are 0.1 apart at every size."""
+    start = stored["pre-trained"]["all"]["trained"]
+
+    def runs(speed, offset):
+        scores = {}
+        for e in (4, 8, 12, 16, 22, 28, 30, 32):
+            smaller = speed * e
+            scores[str(e)] = {"size": start["size"] - smaller,
+                              "strict": start["strict"] - smaller / 2 - offset}
+        return [{"seed": seed, "ends": [28, 30, 32], "trained": scores} for seed in range(8)]
+
+    found = {"DDPO noise_aware jpeg": runs(0.02, 0), "DDPO jpeg": runs(0.01, 0.1)}
+    effects = claims.Effects(stored["pre-trained"], found)
+    part = effects.ahead_at_equal_size("DDPO noise_aware jpeg", "DDPO jpeg", epoch)
+    assert part.effect == pytest.approx(np.full(8, 0.1))
+
+
 def made_up_run(name, better):
     """What is kept of seeds of a run in which the flag is better in every way by `better`."""
     task = name.split()
@@ -866,7 +886,7 @@ def words(file):
     return " ".join(file.read_text(encoding="utf-8").split())
 
 
-@pytest.mark.parametrize("steps, sentence", [(10, "has {} % of the noise. The closed form"),
+@pytest.mark.parametrize("steps, sentence", [(10, "also gives {} % for the step at t = 101"),
                                              (50, "In closed form, the step at t = 21 has {} %")])
 def test_the_page_has_the_largest_share_of_the_noise_in_closed_form(steps, sentence):
     scheduler = diffusers.DDIMScheduler.from_pretrained(ROOT / "shapes" / "scheduler")

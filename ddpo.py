@@ -9,13 +9,13 @@ is the importance-sampled estimator (DDPO_IS) with PPO's clip.
     python ddpo.py --help         # every setting with its published value
 
 Differences from the paper:
-1. LoRA is trained, not the whole UNet, so that one GPU is enough, at the authors' learning rate.
+1. LoRA is trained, as in appendix C, and not the whole UNet, so that one GPU is enough.
 2. log p is the mean over the latent, not the sum, as in the authors' code; see `log_prob`.
 3. The loss is the mean over the K steps. Adam cancels the factor 1/K; the gradient's clip does not.
 4. The sampler, which the paper does not name, is that of the authors' code: DDIM with eta = 1.
 5. As in that code, advantages are clipped to +-5, and a prompt's own statistics need 16 rewards.
 6. The paper prints (DDPO_IS) as exact. With one ratio per step it is so only at theta_old.
-7. Added, off by default: a KL penalty, early stopping by the KL, and weights of the steps.
+7. Added: a KL penalty, early stopping by the KL, and weights of the steps (on for shapes/).
 """
 import csv
 import dataclasses
@@ -58,7 +58,7 @@ def setting(default, help: str, shown=None):
 
 @dataclasses.dataclass
 class Config:
-    """The settings of a run, as in ddpo-pytorch's config/dgx.py without its changes for JPEG."""
+    """The settings. They are ddpo-pytorch's for JPEG, except for the prompts and buffer_size."""
     model: str = setting("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.x: hub id or folder")
     reward: str = setting("jpeg", f"{', '.join(rewards.REWARDS)}, or FILE.py:FUNCTION")
     reward_options: list[str] = dataclasses.field(
@@ -72,7 +72,7 @@ class Config:
     steps: int = setting(50, "denoising steps; paper: 50")
     guidance: float = setting(5.0, "weight w of classifier-free guidance, 1 for none; paper: 5")
     eta: float = setting(1.0, "noise of DDIM, above 0 and at most 1; code: 1")
-    lr: float = setting(3e-4, "learning rate of AdamW; code: 3e-4; paper, without LoRA: 1e-5")
+    lr: float = setting(3e-4, "learning rate of AdamW; paper, C: 3e-4; without LoRA: 1e-5")
     weight_decay: float = setting(1e-4, "weight decay of AdamW; paper: 1e-4")
     max_grad_norm: float = setting(1.0, "norm to which the gradient is clipped; paper: 1")
     clip_range: float = setting(1e-4, "clip range of the ratio, see log_prob; paper: 1e-4")
@@ -149,7 +149,7 @@ def policy(pipe, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, config: C
 def noise_weights(scheduler, eta: float) -> Tensor:
     """Compute the weights of the K steps for --noise_aware, sigma_k scaled to mean 1 -> (K,).
     grad log p is (z / sigma_k) c_k grad eps, with z ~ N(0, I) and c_k = d mean / d eps. It varies
-    most where sigma_k is small. TempFlow-GRPO (arXiv:2508.04324) weights flows in this way."""
+    most where c_k / sigma_k is large. TempFlow-GRPO (arXiv:2508.04324) weights flows like this."""
     zero = torch.zeros(1, device=scheduler.timesteps.device)
     _, sigma = step_distribution(scheduler, zero, scheduler.timesteps, zero, eta)
     return (sigma / sigma.mean()).flatten()

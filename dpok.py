@@ -10,16 +10,16 @@ pre-trained model, by gradient (9), with the value function of A.5 and the clipp
     python dpok.py --help  # every setting with its published value
 
 Differences from the paper or its code:
-1. (9) leaves out the second sum of Eq. 16, in which later KLs act as rewards of earlier steps.
+1. (9) leaves out the second sum of Eq. 16, in which later KLs act as penalties on earlier steps.
 2. The KL is that of Lemma 4.2, as a mean over the latent, like log p (see `log_prob`). The code has
-   the squared difference of the noises, to which the KL gives a weight of 0.07 to 5.4 by step.
+   the squared difference of the noises. The KL weights it, by 0.07 to 5.4 depending on the step.
 3. Eq. 25 is printed as an equality. With one ratio per step it holds only at theta_old, and so does
    (9), whose KL is at states of theta_old. Eq. 26 has the bounds of its clip the other way round.
 4. An update is the mean over n random pairs (i, k) of its epoch (code: of two epochs), not a sum.
 5. V is fitted after the policy, so that it has not seen the rewards from which it is subtracted
    (code: before). It then lags behind them, and all r - V may have one sign, so r - V is centred.
 6. Algorithm 2 was not released. Here t is any step of the sampler but the last, and f is the guided
-   prediction. Eq. 12 and 13 are used as printed, though their proofs lack factors (2 and one in t).
+   prediction. Eq. 12 and 13 are as printed: 12 lacks a factor of 2, and 13 one that depends on t.
 """
 import csv
 import dataclasses
@@ -80,7 +80,7 @@ class Config:
     alpha: float = setting(10.0, "weight of the reward; paper: 10")
     beta: float = setting(0.01, "weight of the KL to the pre-trained model; paper: 0.01")
     noise_aware: bool = setting(False, "weight the steps by sigma, for less noise; paper: no")
-    value: bool = setting(True, "whether to subtract V from the reward and centre (A.5); code: yes")
+    value: bool = setting(True, "whether to subtract V (A.5; code: yes) and to centre (ours)")
     value_lr: float = setting(1e-4, "learning rate of V's AdamW; paper: 1e-4")
     value_steps: int = setting(1, "optimiser steps of V per epoch; code: 1")
     gamma: float = setting(2.0, "sft: weight of the KL; leaves out reward + gamma < 0; paper: 2")
@@ -167,7 +167,7 @@ def policy(pipe, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, config: C
 def noise_weights(scheduler, eta: float) -> Tensor:
     """Compute the weights of the K steps for --noise_aware, sigma_k scaled to mean 1 -> (K,).
     grad log p is (z / sigma_k) c_k grad eps, with z ~ N(0, I) and c_k = d mean / d eps. It varies
-    most where sigma_k is small. TempFlow-GRPO (arXiv:2508.04324) weights flows in this way."""
+    most where c_k / sigma_k is large. TempFlow-GRPO (arXiv:2508.04324) weights flows like this."""
     zero = torch.zeros(1, device=scheduler.timesteps.device)
     _, sigma = step_distribution(scheduler, zero, scheduler.timesteps, zero, eta)
     return (sigma / sigma.mean()).flatten()

@@ -18,14 +18,14 @@ reward over the pre-trained model, divided by the largest gain at the same task,
 the two tasks. It decides who the finalists are. Rates at which a run collapses are left out.
 
 results/choice.json has a line for each finished run, with the mean reward, the strict accuracy and
-the KL of each epoch, and is also the cache. The tables are printed from it.
+the KL of each epoch, and is also the cache. The tables are printed from it. After a change of
+shapes/, of settings or of what the scripts compute, delete it.
 """
 import contextlib
 import itertools
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 from unittest.mock import patch
 
@@ -102,12 +102,12 @@ def final_runs(rates: dict) -> list[tuple]:
 def run_all(runs: list[tuple]):
     """Make the runs that choice.json lacks."""
     stored = {"runs": claims.load(FILE)["runs"]}
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with claims.processes(2) as pool:
         waiting = {}
         for run in runs:
             if key(*run) not in stored["runs"]:
                 waiting[pool.submit(train, *run)] = key(*run)
-        for job in claims.finished_jobs(pool, waiting):
+        for job in as_completed(waiting):
             stored["runs"][waiting[job]] = job.result()
             claims.save(FILE, stored)
             print(waiting[job], "is finished", flush=True)

@@ -10,9 +10,10 @@ Each run has eight seeds or more, except for those of 50 steps, which have four.
 A run is a script with the settings that RUNS, SHARED and COMMON name. Its folder is
 runs/claims/<name>-<seed>/. results/claims.json has a line for each finished run. It is also the
 cache: a run that is there with the same settings is not repeated, so Ctrl-C loses only the runs in
-progress. After a change of shapes/ or of what the scripts compute, delete results/claims.json, or
-the lines of the runs that it concerns. If the lines of the pre-trained model are missing, it is
-measured again. The tables are written to experiments/README.md.
+progress. A change of shapes/, of a script's defaults or of what it computes is not noticed. After
+one, delete results/claims.json, or the lines of the runs that it concerns. If the lines of the
+pre-trained model are missing, it is measured again. The tables are written to
+experiments/README.md.
 
 Repeats, with other seeds or on another device, have a folder and a JSON file of their own in
 runs/claims/, so that they replace nothing that is recorded. A claim about two runs is compared once
@@ -36,6 +37,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 import zlib
 from collections import Counter
@@ -216,7 +218,7 @@ def fingerprint(name: str) -> str:
 # ---------- training and measuring
 
 def score(pipe, prompts: list, count: int, seed: int, epoch: int, steps: int = 10) -> dict:
-    """Score about `count` images of a model, as many for each prompt -> {measure: its mean}."""
+    """Score about `count` images of a model, as many for each prompt -> {measure: value}."""
     texts = []
     for prompt in prompts:
         texts += [prompt] * (count // len(prompts))
@@ -359,33 +361,38 @@ def save(file: Path, stored: dict):
     os.replace(part, file)
 
 
-def finished_jobs(pool: ProcessPoolExecutor, jobs: dict):
-    """Yield jobs as they finish. On Ctrl-C cancel those that have not begun."""
+@contextlib.contextmanager
+def processes(at_once: int):
+    """Start a pool of processes. An error cancels the jobs that have not begun. Ctrl-C also ends
+    those in progress."""
+    ends_on_ctrl_c = signal.SIGINT, signal.SIG_DFL
+    pool = ProcessPoolExecutor(at_once, mp_context=get_context("spawn"),
+                               initializer=signal.signal, initargs=ends_on_ctrl_c)
     try:
-        yield from as_completed(jobs)
-    except KeyboardInterrupt:
+        yield pool
+    finally:
         pool.shutdown(cancel_futures=True)
-        raise
 
 
 def run_all(jobs: list, at_once: int, file: Path) -> int:
     """Make the runs (name, seed, further settings) that a file lacks, and add each to the file when
     it is finished -> how many failed."""
-    stored = load(file)
+    there = load(file)["runs"]
     failed = 0
     file.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
+    with processes(at_once) as pool:
         waiting = {}
         for name, seed, more in jobs:
             key = f"{name}-{seed}"
-            if stored["runs"].get(key, {}).get("settings") != fingerprint(name):
+            if there.get(key, {}).get("settings") != fingerprint(name):
                 waiting[pool.submit(run, name, seed, **more)] = key
-        for job in finished_jobs(pool, waiting):
+        for job in as_completed(waiting):
             key = waiting[job]
             if job.exception():
                 failed += 1
                 print(key, job.exception(), flush=True)
             else:
+                stored = load(file)  # another claims.py may have added runs
                 stored["runs"][key] = job.result()
                 save(file, stored)
                 print(key, "is finished", flush=True)
@@ -467,7 +474,9 @@ class Effects:
             return None
         seeds = {kept["seed"] for kept in self.found[one]}
         seeds &= {kept["seed"] for kept in self.found[other]}
-        if len(seeds) < min(len(self.found[one]), RUNS[one].seeds):
+        enough = min(RUNS[one].seeds, RUNS[other].seeds,
+                     max(len(self.found[one]), len(self.found[other])))
+        if len(seeds) < enough:
             return None
         return {name: [kept for kept in self.found[name] if kept["seed"] in seeds]
                 for name in (one, other)}
@@ -714,7 +723,7 @@ def verdict(part: Part, least: float) -> str:
 
 def repeat(stored: dict, again: dict):
     """Print whether the mean over other seeds, or over the same on another device, lies in the 95 %
-    prediction interval of the recorded seeds."""
+    prediction interval of the recorded seeds. For the same seeds this interval is too wide."""
     before = stored["pre-trained"]
     recorded_claims = claims(before, finished(stored))
     new_claims = claims(before, finished(again, least=1))
@@ -785,7 +794,7 @@ def ddpo_table(before: dict, found: dict) -> list[str]:
             scores = [spread(over_seeds(found, name, what, epoch=epoch)) for what in measures]
             kl = np.median([np.mean(kept["kl"][:epoch][-5:]) for kept in found[name]])
             lines.append(row(name, str(epoch), *scores, f"{kl:.2g}"))
-        ends = [kept["ends"][-1] for kept in found[name]]
+        ends = np.concatenate([kept["ends"] for kept in found[name]])
         when = str(ends[0])
         if min(ends) < max(ends):
             when = f"{min(ends)} to {max(ends)}"
@@ -941,18 +950,23 @@ def main() -> int:
         names = [options.only]
     if not names:
         parser.error(f"no run has {options.only!r} in its name; the runs are {', '.join(RUNS)}")
+    is_repeat = bool(options.seeds) or options.device != "cpu"
+    if (options.quick or is_repeat) and not load(RECORDED)["pre-trained"]:
+        parser.error(f"{RECORDED} has no scores of the pre-trained model; run claims.py without "
+                     "--quick, --seeds and --device first")
+    if options.seeds and options.count:
+        parser.error("--count cannot be combined with --seeds")
     if options.quick:
         if options.only or options.seeds or options.device != "cpu" or options.count:
             parser.error("--quick cannot be combined with --only, --count, --seeds or --device")
         return int(quick(options.jobs) > 0)
-    is_repeat = bool(options.seeds) or options.device != "cpu"
     seeds_of = {}
     for name in names:
         count = options.count or RUNS[name].seeds
         if count < RUNS[name].seeds:
             parser.error(f"--count {count} is less than the {RUNS[name].seeds} seeds of {name!r}; "
                          "use --seeds for a repeat with fewer")
-        seeds_of[name] = options.seeds or range(FIRST, FIRST + count)
+        seeds_of[name] = list(dict.fromkeys(options.seeds)) or range(FIRST, FIRST + count)
     folder = FOLDER
     if is_repeat:
         seeds = max(seeds_of.values(), key=len)
@@ -968,7 +982,8 @@ def main() -> int:
         return int(failed > 0)
     stored = load(RECORDED)
     if not {pretrained_kind(name) for name in RUNS} <= stored["pre-trained"].keys():
-        save(RECORDED, stored | {"pre-trained": measure_pretrained(stored["pre-trained"])})
+        measured = measure_pretrained(stored["pre-trained"])
+        save(RECORDED, load(RECORDED) | {"pre-trained": measured})
     failed = run_all(jobs, options.jobs, RECORDED)
     write_page(load(RECORDED))
     return int(failed > 0)

@@ -36,20 +36,24 @@ def axes(rows: int, title: str):
 
 
 def plot_fig4(before: dict, found: dict):
-    """Plot reward against reward queries: mean and standard error over seeds."""
+    """Plot reward against the reward queries that a model was trained with: mean and standard error
+    over seeds. An epoch's reward is that of the model before its update. The last point is the
+    measurement of the claims."""
     figure, panels = axes(3, "DDPO_IS ends ahead of RWR on the counting prompt, and with "
                              "--noise_aware also on file sizes (Fig. 4)")
-    units = {"jpeg": "reward, −kB", "incompressibility": "reward, kB",
-             "count": "reward, alignment"}
+    units = {"jpeg": ("reward, −kB", "size", -1), "incompressibility": ("reward, kB", "size", 1),
+             "count": ("reward, alignment", "alignment", 1)}
     methods = [method for method in ("DDPO", "SF", "RWR", "RWR_sparse", "DDPO noise_aware")
                if all(f"{method} {reward}" in found for reward in units)]
-    for axis, (reward, unit) in zip(panels, units.items()):
+    for axis, (reward, (unit, what, sign)) in zip(panels, units.items()):
         for method in methods:
-            runs = found[f"{method} {reward}"]
-            values = np.array([kept["reward_mean"] for kept in runs])  # (seeds, epochs)
+            name = f"{method} {reward}"
+            values = np.array([kept["reward_mean"] for kept in found[name]])  # (seeds, epochs)
+            end = sign * over_seeds(found, name, what, last=1)
+            values = np.column_stack([values, end])
             mean = values.mean(0)
             error = values.std(0, ddof=1) / len(values) ** 0.5
-            queries = np.linspace(0, runs[0]["queries"], len(mean) + 1)[1:]
+            queries = np.linspace(0, found[name][0]["queries"], len(mean))
             axis.plot(queries, mean, label=TITLES.get(method, method))
             axis.fill_between(queries, mean - error, mean + error, alpha=0.3)
         axis.set(xlabel=f"reward queries ({reward})", ylabel=unit)
@@ -59,7 +63,8 @@ def plot_fig4(before: dict, found: dict):
 
 def plot_curve(before: dict, found: dict):
     """Plot how the reward for a caption rises in training, for both scripts."""
-    figure, (axis,) = axes(1, "Reward of sampled images, mean of eight seeds")
+    seeds = len(found["DDPO count"])
+    figure, (axis,) = axes(1, f"Reward of sampled images, mean of {seeds} seeds")
     for script, name in {"ddpo.py": "DDPO count", "dpok.py": "RL count"}.items():
         values = np.array([kept["reward_mean"] for kept in found[name]])  # (seeds, epochs)
         mean, error = values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5
@@ -142,13 +147,18 @@ def plot_overoptimisation(before: dict, found: dict):
 
 
 def plot_noise(measured: dict):
-    """Plot what noise.py found at each of 10 steps of the pre-trained policy, with its errors."""
+    """Plot what noise.py found at each of 10 steps of the pre-trained policy, with its errors. The
+    error of a share assumes that those of the steps are independent."""
     figure, panels = axes(3, "The first steps decide the reward. The last step but one has most of "
                              "the gradient's noise.")
     for i, task in enumerate(("jpeg", "location")):
         found = measured[f"{task}, 10 steps, pre-trained"]
         _, noise, ratio = np.swapaxes(found["steps"], 0, 1)  # (K, 2) each: value, error
-        share = noise / noise[:, 0].sum()
+        values, errors = noise.T / noise[:, 0].sum()
+        variance = errors**2
+        of_others = variance.sum() - variance
+        variance = (1 - values)**2 * variance + values**2 * of_others  # of n_k / sum_j n_j
+        share = np.stack([values, variance**0.5], 1)
         deviation = np.array(found["deviation"])
         for axis, values in zip(panels, (ratio, share, deviation)):
             positions = np.arange(10) + 0.4 * i

@@ -52,8 +52,9 @@ class Config(ddpo.Config):
 
     def check(self):
         """Check what concerns several settings. Raises ValueError."""
-        if self.kl_weight:
-            raise ValueError(f"kl_weight ({self.kl_weight}) must be 0: RWR has no KL penalty")
+        for name in ("kl_weight", "noise_aware"):
+            if getattr(self, name):
+                raise ValueError(f"{name} ({getattr(self, name)}) is not part of RWR")
         if self.percentile > 1:
             raise ValueError(f"percentile ({self.percentile}) must be above 0 and at most 1")
         for name in ("samples_per_epoch", "update_batch"):
@@ -66,6 +67,7 @@ def weights(prompt_index: Tensor, reward: Tensor, config: Config) -> Tensor:
     """Compute w_RWR = exp(beta r) / Z or w_sparse = 1[r >= C] (4.2) of N images.
 
     Z and the percentile C are those of one prompt's images (D.3), and Z makes the mean weight 1.
+    If several rewards equal C, w_sparse keeps all of these images, so more than the best tenth.
     prompt_index (N,), the number of each image's prompt, reward (N,) -> (N,).
     """
     reward = reward.double()

@@ -4,7 +4,7 @@
 [0, 1]. `strict` is the yes or no by which runs are judged. Both find every patch of colour
 (connected pixels of one hue), compare it with each thing that the caption asks for (colour, shape,
 place), pair things and patches, best pair first, and divide by the larger of the two counts. So a
-missing thing and an extra patch lower the grade equally. No network is involved and nothing is
+missing thing and an extra patch both lower the grade. No network is involved and nothing is
 learned: what counts as right can be checked by eye.
 """
 import re

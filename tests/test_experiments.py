@@ -8,8 +8,12 @@ README is compared with the stored numbers.
 """
 import dataclasses
 import json
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -563,7 +567,8 @@ def test_a_resumed_run_of_rwr_ends_as_if_it_had_not_stopped(regression, tmp_path
     assert_same_lora(stopped, whole)
 
 
-@pytest.mark.parametrize("name, value", [("kl_weight", 0.1), ("percentile", 1.5)])
+@pytest.mark.parametrize(
+    "name, value", [("kl_weight", 0.1), ("noise_aware", True), ("percentile", 1.5)])
 def test_rwr_refuses_what_it_cannot_do_in_one_line(name, value, regression, capsys):
     assert rwr.main(flags(regression, **{name: value})) == 2
     line, = capsys.readouterr().err.splitlines()
@@ -792,6 +797,26 @@ def test_the_claims_and_tables_do_without_a_run_that_is_missing(stored, missing)
             assert part is None or missing not in part.runs
     assert claims.claim_table(stored["pre-trained"], found)
     assert len(claims.noise_aware_table(stored["pre-trained"], found)) == 2 + 11
+
+
+def test_ctrl_c_ends_the_runs_in_progress_and_those_that_have_not_begun(tmp_path):
+    script = tmp_path / "sleeps.py"
+    script.write_text(f"""
+import sys, time
+sys.path.insert(0, {str(EXPERIMENTS)!r})
+import claims
+if __name__ == "__main__":
+    with claims.processes(1) as pool:
+        jobs = [pool.submit(time.sleep, 0.1), *[pool.submit(time.sleep, 60) for _ in range(3)]]
+        for job in claims.as_completed(jobs):
+            print("one is finished", flush=True)
+""")
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    assert process.stdout.readline() == "one is finished\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) != 0
+    assert process.stdout.read() == ""
 
 
 @pytest.fixture

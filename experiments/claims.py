@@ -792,16 +792,21 @@ def ddpo_table(before: dict, found: dict) -> list[str]:
             continue
         for epoch in STAGES.get(name, ()):
             scores = [spread(over_seeds(found, name, what, epoch=epoch)) for what in measures]
-            kl = np.median([np.mean(kept["kl"][:epoch][-5:]) for kept in found[name]])
-            lines.append(row(name, str(epoch), *scores, f"{kl:.2g}"))
+            lines.append(row(name, str(epoch), *scores, logged_kl(found[name], epoch)))
         ends = np.concatenate([kept["ends"] for kept in found[name]])
         when = str(ends[0])
         if min(ends) < max(ends):
             when = f"{min(ends)} to {max(ends)}"
         scores = [spread(over_seeds(found, name, what)) for what in measures]
-        kl = np.median([np.mean(kept["kl"][-5:]) for kept in found[name]])
-        lines.append(row(name, when, *scores, f"{kl:.2g}"))
+        lines.append(row(name, when, *scores, logged_kl(found[name])))
     return lines
+
+
+def logged_kl(runs: list, epoch: int | None = None) -> str:
+    """Write the KL of a run: the mean over the last five epochs, up to `epoch` if it is given, and
+    then the median over the seeds."""
+    means = [np.mean(kept["kl"][:epoch][-5:]) for kept in runs]
+    return f"{np.median(means):.2g}"
 
 
 def method_table(before: dict, found: dict) -> list[str]:
@@ -823,8 +828,9 @@ def method_table(before: dict, found: dict) -> list[str]:
 
 def noise_aware_table(before: dict, found: dict) -> list[str]:
     """Write what runs with and without --noise_aware end with, on the seeds that both have."""
-    lines = header("run", "size in kB, or alignment: pre-trained", "without", "`--noise_aware`",
-                   "strict: pre-trained", "without", "`--noise_aware`")
+    with_and_without = "without", "`--noise_aware`"
+    lines = header("run", "size in kB, or alignment: pre-trained", *with_and_without,
+                   "strict: pre-trained", *with_and_without, "KL: without", "`--noise_aware`")
     for name in found:
         partner = name.replace(" noise_aware", "")
         both = Effects(before, found).common(name, partner)
@@ -835,7 +841,7 @@ def noise_aware_table(before: dict, found: dict) -> list[str]:
         for what in ("size" if RUNS[name].kind == "all" else "alignment", "strict"):
             cells += [f"{start[what]:.2f}", spread(over_seeds(both, partner, what)),
                       spread(over_seeds(both, name, what))]
-        lines.append(row(*cells))
+        lines.append(row(*cells, logged_kl(both[partner]), logged_kl(both[name])))
     return lines
 
 

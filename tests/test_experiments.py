@@ -949,6 +949,15 @@ def test_the_page_has_the_tables_of_the_stored_runs(stored):
         assert "\n".join([begin, *tables(stored), end]) in page
 
 
+def test_each_number_on_what_noise_aware_changes_is_in_a_table():
+    page = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    section = page.partition("### What `--noise_aware` changes")[2].partition("\n### ")[0]
+    tables = "\n".join(line for line in page.splitlines() if line.startswith("|"))
+    numbers = re.findall(r"\d\.\d\d", section)
+    assert len(numbers) > 10
+    assert [number for number in numbers if number not in tables] == []
+
+
 def test_the_tables_name_all_settings_that_runs_share():
     table = "\n".join(claims.shared_table())
     for flags_of_script in (claims.COMMON, *claims.SHARED.values()):

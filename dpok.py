@@ -4,7 +4,7 @@ NeurIPS 2023, arXiv:2305.16381v3). The Markov decision process is DDPO's (Eq. 4)
 `--algo rl` is Algorithm 1: it minimises objective (8), minus the reward plus the KL to the
 pre-trained model, by gradient (9), with the value function of A.5 and the clipped ratio of A.6.
 `--algo sft` is Algorithm 2, supervised training, with as many reward queries.
-`diff ddpo.py dpok.py` shows what DPOK changes. Added, off by default: weights of the steps.
+`diff ddpo.py dpok.py` shows what DPOK changes. Added: weights of the steps (on for shapes/).
 
     python dpok.py         # Stable Diffusion v1.5 on a CUDA GPU; without one, shapes/
     python dpok.py --help  # every setting with its published value
@@ -79,7 +79,7 @@ class Config:
     batch: int = setting(2, "samples or pairs per UNet call; guidance doubles the rows")
     alpha: float = setting(10.0, "weight of the reward; paper: 10")
     beta: float = setting(0.01, "weight of the KL to the pre-trained model; paper: 0.01")
-    noise_aware: bool = setting(False, "weight the steps by sigma, for less noise; paper: no")
+    noise_aware: bool = setting(False, "rl: weight the steps by sigma, for less noise; paper: no")
     value: bool = setting(True, "whether to subtract V (A.5; code: yes) and to centre (ours)")
     value_lr: float = setting(1e-4, "learning rate of V's AdamW; paper: 1e-4")
     value_steps: int = setting(1, "optimiser steps of V per epoch; code: 1")

@@ -810,7 +810,7 @@ if __name__ == "__main__":
         jobs = [pool.submit(time.sleep, 0.1), *[pool.submit(time.sleep, 60) for _ in range(3)]]
         for job in claims.as_completed(jobs):
             print("one is finished", flush=True)
-""")
+""", encoding="utf-8")
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True, start_new_session=True)
     assert process.stdout.readline() == "one is finished\n"

@@ -3,12 +3,12 @@
     python experiments/noise.py  # an hour on two cores; results/noise.json and results/noise.png
 
 The gradient of (DDPO_SF) is a sum over the K steps. Its term g_k is the mean over a batch of A grad
-log p_theta(x_{t-1} | x_t, c). A is the reward minus the mean of its prompt's images, over the
-standard deviation of the batch. The mean includes the image itself, so with n images of a prompt
-SNR is too small by the factor 1 - 1/n (3/4 for jpeg, 63/64 for location). Three numbers are estimated from independent batches. The signal |E g_k|^2
-is the mean inner product of two batches' g_k, which is unbiased. The noise is the variance of one
-batch's g_k. SNR is signal over noise. The same is done for the sum of w_k g_k, for each rule of
-weights w. Errors are the jackknife's; near a signal of 0 they are too large by nearly a half.
+log p_theta(x_{t-1} | x_t, c). A is the reward minus the mean of its prompt's n images, over the
+standard deviation of the batch. The mean includes the image itself, so SNR is too small by the
+factor 1 - 1/n (3/4 for jpeg). Three numbers are estimated from independent batches. The signal |E
+g_k|^2 is the mean inner product of two batches' g_k, which is unbiased. The noise is the variance
+of one batch's g_k. SNR is signal over noise. The same is done for the sum of w_k g_k, for each rule
+of weights w. Errors are the jackknife's; near a signal of 0 they are too large by nearly a half.
 
 In closed form grad log p = (z / sigma_k) c_k grad eps, with z ~ N(0, I) and c_k = d mean / d eps.
 If eps were equally sensitive to the weights at all steps, step k's share of the noise would be

@@ -575,7 +575,7 @@ def read_checkpoint(config: Config) -> dict:
         saved = {"settings": json.loads((folder / "config.json").read_text("utf-8-sig"))}
         if "checkpoint.pt" in found:
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        for name, value in saved["settings"].items():
+        for name, value in (vars(type(config)()) | saved["settings"]).items():  # or the default
             fixed = name not in CHANGEABLE or (name == "epochs" and config.algo == "sft")  # DPOK's
             if fixed and name != "resume" and getattr(config, name) != value:
                 raise ValueError(f"{name} was {value!r}, which cannot change within a run")
@@ -729,7 +729,7 @@ class Parser(HfArgumentParser):
         raise ValueError(message)
 
 def parse(argv: list | None = None, config_class=Config) -> Config:
-    """Read the settings. Later ones win: the defaults, shapes/*.json if the model is shapes/, the
+    """Read the settings. Later ones win: the defaults, shapes/*.json for a new run on shapes/, the
     config.json of the run to --resume, the file of --config, flags. Raises ValueError."""
     parser = Parser(config_class, prog=config_class.script, usage="%(prog)s [--SETTING VALUE ...]",
                     description="paper: the published value; code: that of the authors' code",
@@ -752,7 +752,7 @@ def parse(argv: list | None = None, config_class=Config) -> Config:
         settings["model"] = "shapes"
     root = Path(__file__).resolve().parent
     model = rewards.resolve_path(str(settings.get("model", config_class.model)))
-    if model and model.resolve() == root / "shapes":
+    if not resume and model and model.resolve() == root / "shapes":
         settings = read_settings(root / config_class.shapes_settings) | settings
     with rewards.user_error("cannot use the settings", "see --help for their names"):
         return config_class(**settings)

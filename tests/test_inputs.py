@@ -188,6 +188,26 @@ def test_a_resumed_run_keeps_its_folder_and_its_file_of_settings(config, tmp_pat
     assert [ddpo.parse(arguments).epochs, ddpo.parse(arguments).lr] == [3, 0.5]
 
 
+@pytest.mark.parametrize("script", [ddpo, dpok])
+def test_a_run_from_before_a_setting_goes_on_with_its_default(script, config, dpok_config):
+    """On shapes/ too, whose settings are those of new runs."""
+    run = script.train(config if script is ddpo else dpok_config)
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    del settings["noise_aware"]
+    (run / "config.json").write_text(json.dumps(settings | {"model": "shapes"}), encoding="utf-8")
+    assert not script.parse(["--resume", str(run)]).noise_aware
+    assert script.parse(["--model", "shapes"]).noise_aware
+
+    (run / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    del saved["settings"]["noise_aware"]
+    torch.save(saved, run / "checkpoint.pt")
+    later = script.parse(["--resume", str(run), "--epochs", "3", "--noise_aware"])
+    with pytest.raises(ValueError, match="noise_aware was False"):
+        script.train(later)
+    assert len(read_log(script.train(dataclasses.replace(later, noise_aware=False)))) == 3
+
+
 # ---------- 5, 12: folders
 
 def test_two_runs_that_start_at_once_have_own_folders(config, tmp_path, monkeypatch, capsys):

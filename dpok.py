@@ -166,8 +166,8 @@ def policy(pipe, x_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, config: C
 
 def noise_weights(scheduler, eta: float) -> Tensor:
     """Compute the weights of the K steps for --noise_aware, sigma_k scaled to mean 1 -> (K,).
-    grad log p is (z / sigma_k) c_k grad eps, with z ~ N(0, I) and c_k = d mean / d eps. It varies
-    most where c_k / sigma_k is large. TempFlow-GRPO (arXiv:2508.04324) weights flows like this."""
+    grad log p is (z / sigma_k) c_k grad eps, with z ~ N(0, I) and c_k = d mean / d eps. The weight
+    cancels 1 / sigma_k. TempFlow-GRPO (arXiv:2508.04324) weights flow models like this."""
     zero = torch.zeros(1, device=scheduler.timesteps.device)
     _, sigma = step_distribution(scheduler, zero, scheduler.timesteps, zero, eta)
     return (sigma / sigma.mean()).flatten()

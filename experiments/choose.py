@@ -168,14 +168,18 @@ def finalists(stored: dict, before: dict) -> dict[str, float]:
     share_of = shares(stored, before)
     best = {}
     for rule in RULES:
-        rates = [lr for lr in RATES
-                 if not any(collapsed(found(stored, rule, lr, task, SEEDS), before, task)
-                            for task in TASKS)]
+        rates = []
+        for lr in RATES:
+            collapses = [collapsed(found(stored, rule, lr, task, SEEDS), before, task)
+                         for task in TASKS]
+            if sum(collapses) == 0:
+                rates.append(lr)
         if rates:
             best[rule] = max(rates, key=lambda lr: share_of[rule, lr])
-    published, *others = RULES
-    others = sorted(best.keys() & others, key=lambda rule: share_of[rule, best[rule]])
-    return {rule: best[rule] for rule in RULES if rule in (published, *others[-2:])}
+    published = RULES[0]
+    others = sorted(best.keys() - {published}, key=lambda rule: share_of[rule, best[rule]])
+    chosen = {published, *others[-2:]}
+    return {rule: best[rule] for rule in RULES if rule in chosen}
 
 
 def spread(values: list) -> str:

@@ -79,7 +79,8 @@ FIRST = 100  # no setting was chosen on seeds 100, 101, ...
 BLOCKS = 8  # of 128 images each, on which the pre-trained model is measured
 STAGES = {"DDPO jpeg": (12, 22), "DDPO incompressibility": (12, 22),  # run: further epochs
           "DDPO noise_aware jpeg": (4, 8, 12, 16, 22),
-          "DDPO noise_aware incompressibility": (4, 8, 12, 16, 22)}
+          "DDPO noise_aware incompressibility": (4, 8, 12, 16, 22),
+          "RL noise_aware count": (10,)}
 QUICK = {"RL count": 12, "KL-O count": 12, "DDPO jpeg": 15}  # run: epochs
 LAST = 4  # epochs over which the reward of training images is averaged
 # Number of seeds: standard errors from the mean to the end of its 95 % interval (Student's t)
@@ -136,8 +137,8 @@ RUNS = {
     "RL location": Run(dpok, "location", "--epochs 30"),
     "RL bias": Run(dpok, "bias", "--epochs 20"),
     "DDPO colour": Run(ddpo, "colour", f"--reward {ALIGNMENT} --epochs 20"),
-    "DDPO composition": Run(ddpo, "composition", f"--reward {ALIGNMENT} --epochs 20"),
-    "DDPO location": Run(ddpo, "location", f"--reward {ALIGNMENT} --epochs 30"),
+    "DDPO composition": Run(ddpo, "composition", f"--reward {ALIGNMENT} --epochs 20", seeds=16),
+    "DDPO location": Run(ddpo, "location", f"--reward {ALIGNMENT} --epochs 30", seeds=16),
     "KL-O colour": Run(dpok, "colour", "--epochs 20 --algo sft --lr 3e-3"),
     "KL-O count": Run(dpok, "count", "--epochs 20 --algo sft --lr 3e-3"),
     "KL-O composition": Run(dpok, "composition", "--epochs 20 --algo sft --lr 3e-3"),
@@ -155,10 +156,11 @@ RUNS = {
         Run(ddpo, "colour", f"--reward {ALIGNMENT} --epochs 20 --noise_aware"),
     "DDPO noise_aware count": Run(ddpo, "count", f"--reward {ALIGNMENT} --epochs 20 --noise_aware"),
     "DDPO noise_aware composition":
-        Run(ddpo, "composition", f"--reward {ALIGNMENT} --epochs 20 --noise_aware"),
+        Run(ddpo, "composition", f"--reward {ALIGNMENT} --epochs 20 --noise_aware", seeds=16),
     "DDPO noise_aware location":
         Run(ddpo, "location", f"--reward {ALIGNMENT} --epochs 30 --noise_aware"),
     "SF noise_aware jpeg": Run(single_pass, "all", "--reward jpeg --epochs 32 --noise_aware"),
+    "RL noise_aware count": Run(dpok, "count", "--epochs 20 --noise_aware"),
     "RL noise_aware composition": Run(dpok, "composition", "--epochs 20 --noise_aware"),
     "RL noise_aware location": Run(dpok, "location", "--epochs 30 --noise_aware"),
     "DDPO noise_aware jpeg kl_weight":
@@ -510,7 +512,7 @@ class Effects:
         both = self.common(one, other)
         if both is None:
             return None
-        start = self.before[RUNS[one].kind]["trained"]
+        start = self.before[pretrained_kind(one)]["trained"]
         path = {}
         for what in ("size", "strict"):
             stages = [over_seeds(both, one, what, epoch=stage) for stage in STAGES[one]]
@@ -682,7 +684,7 @@ def noise_aware_claims(effects: Effects) -> list[Claim]:
               {"`jpeg`": more_reward("SF noise_aware", "SF", "jpeg")}),
         Claim("", f"{flag}, DPOK ends with higher strict accuracy than without it", 0, {
             task: ahead(f"RL noise_aware {task}", f"RL {task}")
-            for task in ("composition", "location")})]
+            for task in ("count", "composition", "location")})]
     for other in ("RWR", "RWR_sparse"):
         parts = {}
         for title, (task, one, _) in pairs.items():
@@ -828,9 +830,10 @@ def method_table(before: dict, found: dict) -> list[str]:
 
 def noise_aware_table(before: dict, found: dict) -> list[str]:
     """Write what runs with and without --noise_aware end with, on the seeds that both have."""
-    with_and_without = "without", "`--noise_aware`"
-    lines = header("run", "size in kB, or alignment: pre-trained", *with_and_without,
-                   "strict: pre-trained", *with_and_without, "KL: without", "`--noise_aware`")
+    columns = []
+    for what in ("size in kB, or alignment", "strict"):
+        columns += [f"{what}: pre-trained", f"{what}: without", f"{what}: with"]
+    lines = header("run", *columns, "KL: without", "KL: with")
     for name in found:
         partner = name.replace(" noise_aware", "")
         both = Effects(before, found).common(name, partner)
@@ -941,8 +944,8 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="NAME",
                         help="the run of this name or, failing that, the runs with it in theirs")
     parser.add_argument("--count", type=int, choices=STUDENT,
-                        help=f"number of seeds, from {FIRST} on (default: 8, or 4 for runs of 50 "
-                             "steps)")
+                        help=f"number of seeds, from {FIRST} on (default: 8 for most runs, 4 for "
+                             "those of 50 steps, 16 for three)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[],
                         help="other seeds, to be compared with the recorded ones")
     parser.add_argument("--device", default="cpu",

@@ -43,10 +43,8 @@ def plot_fig4(before: dict, found: dict):
                              "--noise_aware also on file sizes (Fig. 4)")
     units = {"jpeg": ("reward, −kB", "size", -1), "incompressibility": ("reward, kB", "size", 1),
              "count": ("reward, alignment", "alignment", 1)}
-    methods = [method for method in ("DDPO", "SF", "RWR", "RWR_sparse", "DDPO noise_aware")
-               if all(f"{method} {reward}" in found for reward in units)]
     for axis, (reward, (unit, what, sign)) in zip(panels, units.items()):
-        for method in methods:
+        for method in ("DDPO", "SF", "RWR", "RWR_sparse", "DDPO noise_aware"):
             name = f"{method} {reward}"
             values = np.array([kept["reward_mean"] for kept in found[name]])  # (seeds, epochs)
             end = sign * over_seeds(found, name, what, last=1)
@@ -133,8 +131,6 @@ def plot_overoptimisation(before: dict, found: dict):
                        "DDPO noise_aware incompressibility": "C1o:",
                        "DDPO jpeg kl_weight": "C2o-", "DDPO noise_aware jpeg kl_weight": "C2o:",
                        "DDPO jpeg max_kl": "C3o-"}.items():
-        if name not in found:
-            continue
         sizes, strict = [start["size"]], [start["strict"]]
         for epoch in (*STAGES.get(name, ()), None):  # None: the end
             sizes.append(over_seeds(found, name, "size", epoch=epoch).mean())
@@ -163,7 +159,7 @@ def plot_noise(measured: dict):
         for axis, values in zip(panels, (ratio, share, deviation)):
             positions = np.arange(10) + 0.4 * i
             axis.bar(positions, values[:, 0], 0.4, yerr=values[:, 1], label=task)
-    units = "signal / noise", "share of the noise", "reward's deviation"
+    units = "signal / noise", "share of the noise", "deviation (kB; alignment)"
     for axis, unit in zip(panels, units):
         axis.set(ylabel=unit, xticks=np.arange(10) + 0.2, xticklabels=found["t"])
     panels[0].legend()
@@ -219,8 +215,7 @@ def main():
     stored = claims.load(claims.RECORDED)
     before = stored["pre-trained"]
     found = claims.finished(stored)
-    missing = [name for name in claims.RUNS
-               if name not in found and "noise_aware" not in name and "50_steps" not in name]
+    missing = [name for name in claims.RUNS if name not in found]
     if missing:
         sys.exit(f"figures.py: error: claims.py has not finished {', '.join(missing)}")
     plot_curve(before, found)

@@ -39,10 +39,11 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -363,13 +364,23 @@ def save(file: Path, stored: dict):
     os.replace(part, file)
 
 
+def end_with_parent():
+    """Let a worker end at Ctrl-C, and when the process that has started it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def watch():
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
 def processes(at_once: int):
-    """Start a pool of processes. An error cancels the jobs that have not begun. Ctrl-C also ends
-    those in progress."""
-    ends_on_ctrl_c = signal.SIGINT, signal.SIG_DFL
-    pool = ProcessPoolExecutor(at_once, mp_context=get_context("spawn"),
-                               initializer=signal.signal, initargs=ends_on_ctrl_c)
+    """Start a pool of processes. An error cancels the jobs that have not begun. Ctrl-C, and a kill
+    of this process, also end those in progress."""
+    context = get_context("spawn")
+    pool = ProcessPoolExecutor(at_once, mp_context=context, initializer=end_with_parent)
     try:
         yield pool
     finally:

@@ -795,7 +795,12 @@ def test_the_claims_and_tables_do_without_a_run_that_is_missing(stored, missing)
     assert len(claims.noise_aware_table(stored["pre-trained"], found)) == 2 + 12
 
 
-def test_ctrl_c_ends_the_runs_in_progress_and_those_that_have_not_begun(tmp_path):
+@pytest.mark.parametrize("end", [
+    lambda process: os.killpg(process.pid, signal.SIGINT),  # as Ctrl-C does
+    lambda process: process.terminate(),
+    lambda process: process.kill()], ids=["ctrl_c", "terminate", "kill"])
+def test_an_interrupt_ends_the_runs_in_progress_and_those_that_have_not_begun(end, tmp_path):
+    """The output ends when no process is left that could write."""
     script = tmp_path / "sleeps.py"
     script.write_text(f"""
 import sys, time
@@ -810,9 +815,10 @@ if __name__ == "__main__":
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True, start_new_session=True)
     assert process.stdout.readline() == "one is finished\n"
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=30) != 0
-    assert process.stdout.read() == ""
+    end(process)
+    output, _ = process.communicate(timeout=30)
+    assert output == ""
+    assert process.returncode != 0
 
 
 @pytest.fixture

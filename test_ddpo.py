@@ -1062,7 +1062,7 @@ def started(request, pipeline, tmp_path_factory):
                 def reward(images, prompts):
                     return [float(np.asarray(image).mean()) for image in images]""")
             c = make_config(pipeline, folder)
-            c = dataclasses.replace(c, reward=name, batch=3, lr=1e-3, clip_range=0.1,
+            c = dataclasses.replace(c, reward=name, batch=3, lr=3e-4, clip_range=0.1,
                                     noise_aware=script == "ddpo.py")
             runs["two", script] = c, background.submit(run_on_two_processes, script, c)
         yield runs
@@ -1091,6 +1091,6 @@ def test_two_processes_are_one_with_the_same_samples(script, started, tmp_path):
             assert float(two[name]) == pytest.approx(float(one[name]), **tolerance), name
     two = load_file(Path(c.out, LORA))
     for name, tensor in load_file(tmp_path / "one" / LORA).items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=3e-6)
     printed = Path(c.out).with_suffix(".txt").read_text(encoding="utf-8")
     assert printed.count("epoch 2/2") == printed.count("progress.png") == 1

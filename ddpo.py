@@ -575,7 +575,7 @@ def read_checkpoint(config: Config) -> dict:
         saved = {"settings": json.loads((folder / "config.json").read_text("utf-8-sig"))}
         if "checkpoint.pt" in found:
             saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        for name, value in (vars(type(config)()) | saved["settings"]).items():  # or the default
+        for name, value in vars(type(config)(**saved["settings"])).items():  # with defaults
             fixed = name not in CHANGEABLE or (name == "epochs" and config.algo == "sft")  # DPOK's
             if fixed and name != "resume" and getattr(config, name) != value:
                 raise ValueError(f"{name} was {value!r}, which cannot change within a run")

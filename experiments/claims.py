@@ -159,7 +159,7 @@ RUNS = {
     "DDPO noise_aware composition":
         Run(ddpo, "composition", f"--reward {ALIGNMENT} --epochs 20 --noise_aware", seeds=16),
     "DDPO noise_aware location":
-        Run(ddpo, "location", f"--reward {ALIGNMENT} --epochs 30 --noise_aware"),
+        Run(ddpo, "location", f"--reward {ALIGNMENT} --epochs 30 --noise_aware", seeds=16),
     "SF noise_aware jpeg": Run(single_pass, "all", "--reward jpeg --epochs 32 --noise_aware"),
     "RL noise_aware count": Run(dpok, "count", "--epochs 20 --noise_aware"),
     "RL noise_aware composition": Run(dpok, "composition", "--epochs 20 --noise_aware"),
@@ -956,7 +956,7 @@ def main() -> int:
                         help="the run of this name or, failing that, the runs with it in theirs")
     parser.add_argument("--count", type=int, choices=STUDENT,
                         help=f"number of seeds, from {FIRST} on (default: 8 for most runs, 4 for "
-                             "those of 50 steps, 16 for three)")
+                             "those of 50 steps, 16 for some)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[],
                         help="other seeds, to be compared with the recorded ones")
     parser.add_argument("--device", default="cpu",
